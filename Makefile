@@ -1,0 +1,42 @@
+# kvmd: `make help` names the targets.
+
+PREFIX  = /usr
+SBINDIR = $(PREFIX)/sbin
+DATADIR = $(PREFIX)/share/ganeti-kvmd
+MANDIR  = $(PREFIX)/share/man
+DESTDIR =
+
+PYTHON = python3
+VENV   = .venv
+# Seconds that one long test of `make soak` runs.
+SOAK_SECONDS = 60
+
+# $(call install-packages,COMMAND or FILE to look for,PACKAGES)
+install-packages = command -v $(1) >/dev/null || test -e $(1) || \
+	{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(2); }
+
+help: ## name the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: need-qemu ## shut down real guests in every way, show each verdict
+	$(PYTHON) test/demo.py
+
+check: need-qemu need-tests ## run all tests, on the oldest and newest Python too
+	test/check-pythons $(VENV)
+
+soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
+	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest -m soak --timeout=0 test
+
+need-qemu:
+	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
+
+need-tests:
+	@$(call install-packages,start-stop-daemon,dpkg)
+	@$(call install-packages,mandoc,mandoc)
+	@$(call install-packages,man,man-db)
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV)* dist .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help demo check soak need-qemu need-tests clean
