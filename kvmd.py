@@ -1,0 +1,1630 @@
+#!/usr/bin/python3
+"""ganeti-kvmd: tell who shut a KVM instance down, its user or somebody else.
+
+QEMU tells on an instance's monitor socket (QMP) why the guest goes down. When it was
+the user (`poweroff` in the guest), an empty file `<instance>.shutdown` is created
+beside the socket, at the moment the SHUTDOWN event is read: Ganeti then reports
+USER_down and leaves the instance alone. After anything else (an administrator, a
+signal, a crash, a migration) there is no file, and Ganeti's watcher may start it again.
+
+From the inside out: the verdict and the QMP protocol (no I/O), the log, the monitor of
+one instance, the daemon that holds the monitors, the service around it. No part names
+one that stands below it.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import errno
+import fcntl
+import gc
+import heapq
+import itertools
+import os
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import stat
+import sys
+import time
+
+from kvmd_inotify import DirectoryWatch, Fact
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator, Mapping
+
+VERSION = "1.0.0"
+DAEMON_NAME = "ganeti-kvmd"
+
+
+# ---- The verdict ---------------------------------------------------------------------
+
+
+class Verdict(enum.Enum):
+    """What there is to be said of a guest. Only USER makes a shutdown file."""
+
+    USER = "user"
+    NOT_USER = "not-user"
+    #: A guest that had been shut down runs again (QEMU with -no-shutdown).
+    WITHDRAWN = "withdrawn"
+    #: The guest was found running: a file from before its start is stale.
+    RUNNING = "running"
+    #: The guest was found shut down: its SHUTDOWN was told to an earlier connection.
+    EARLIER = "earlier"
+
+
+class Ruling(collections.namedtuple("Ruling", "verdict cause")):
+    """A verdict and its cause, the latter in a few words without spaces."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return it as log lines have it."""
+        return f"verdict={self.verdict.value} cause={self.cause}"
+
+
+#: What each event does to the state of a guest (QEMU's qapi/run-state.json).
+EFFECTS: dict[str, dict[str, bool]] = {
+    "POWERDOWN": {"powerdown_requested": True},
+    "RESET": {"powerdown_requested": False, "panicked": False},
+    "STOP": {"stopped": True},
+    "RESUME": {"stopped": False},
+    "GUEST_PANICKED": {"panicked": True},
+}
+#: The events after which a guest that was shut down runs again.
+REVIVALS = {"RESET", "RESUME"}
+
+#: SHUTDOWN's reasons (ShutdownCause in QEMU's qapi/run-state.json) that are never the
+#: user's: a reboot under -no-reboot, a crash, and all that comes from the host.
+NOT_USER_REASONS = {
+    "guest-reset",
+    "guest-panic",
+    "host-signal",
+    "host-qmp-quit",
+    "host-qmp-system-reset",
+    "host-ui",
+    "host-error",
+}
+#: What in the guest's state speaks against its user, by what SHUTDOWN carries: the
+#: reason guest-shutdown; only that the guest did it (QEMU 2.10 to 3.1); nothing.
+OBJECTIONS = {
+    "guest-shutdown": ("powerdown_requested",),
+    "guest": ("powerdown_requested", "panicked"),
+    "no-data": ("powerdown_requested", "stopped", "panicked"),
+}
+#: Statuses (RunState) of a guest that is down, and of one whose CPUs run.
+DOWN_STATUSES = {"shutdown", "guest-panicked"}
+RUNNING_STATUSES = {"running", "suspended"}
+
+
+class GuestState:
+    """What is known of the guest of one QEMU process: a state machine without I/O."""
+
+    __slots__ = ("alive", "panicked", "powerdown_requested", "ruling", "stopped")
+
+    def __init__(self) -> None:
+        self.powerdown_requested = False
+        self.stopped = False
+        self.panicked = False
+        #: Seen alive in this connection.
+        self.alive = False
+        #: The verdict of this run of the guest: the first one counts.
+        self.ruling: Ruling | None = None
+
+    def on_status(self, status: str) -> Ruling | None:
+        """Take the answer to query-status, a RunState of QEMU's."""
+        if self.ruling is not None:
+            return None
+        self.panicked |= status == "guest-panicked"
+        if status == "shutdown":
+            self.ruling = Ruling(Verdict.EARLIER, status)
+        if status in DOWN_STATUSES:
+            return None
+        self.alive = True
+        self.stopped = status not in RUNNING_STATUSES
+        return Ruling(Verdict.RUNNING, status)
+
+    def on_event(self, name: str, data: object) -> Ruling | None:
+        """Take an event; return what it changes in the verdict, if anything."""
+        self.alive = True
+        for attribute, value in EFFECTS.get(name, {}).items():
+            setattr(self, attribute, value)
+        if name == "SHUTDOWN" and self.ruling is None:
+            self.ruling = self._judge(data)
+            return self.ruling
+        if name in REVIVALS and self.ruling is not None:
+            self.ruling = None
+            return Ruling(Verdict.WITHDRAWN, name.lower())
+        return None
+
+    def on_end(self) -> Ruling | None:
+        """Take the end of the connection."""
+        if self.ruling is not None or not self.alive:
+            return None
+        self.alive = False
+        return Ruling(Verdict.NOT_USER, "connection-ended")
+
+    def _judge(self, data: object) -> Ruling:
+        cause, row = grounds_of_shutdown(data)
+        objections = [name for name in OBJECTIONS.get(row, ()) if getattr(self, name)]
+        cause = ",".join([cause, *objections]).replace("_", "-")
+        if row == "not-user" or objections:
+            return Ruling(Verdict.NOT_USER, cause)
+        return Ruling(Verdict.USER, cause)
+
+
+def grounds_of_shutdown(data: object) -> tuple[str, str]:
+    """Return the cause that SHUTDOWN's data names and the row of OBJECTIONS it is in.
+
+    The row is "not-user" where nothing needs to be said against the user any more.
+    """
+    if data is None:
+        return "no-data", "no-data"
+    if not isinstance(data, dict):
+        return "malformed", "not-user"
+    reason = data.get("reason")
+    if reason == "guest-shutdown":
+        return reason, reason
+    if isinstance(reason, str) and reason in NOT_USER_REASONS:
+        return reason, "not-user"
+    if data.get("guest") is True:
+        return "guest", "guest"
+    return "not-guest", "not-user"
+
+
+# ---- The QMP protocol ----------------------------------------------------------------
+
+#: Sent in one write on connecting: events before the negotiation are lost.
+COMMANDS = (
+    b'{"execute": "qmp_capabilities"}\r\n'
+    b'{"execute": "query-status", "id": "kvmd-status"}\r\n'
+)
+STATUS_ID = "kvmd-status"
+
+#: Bytes of an unfinished line that are kept, and of one read.
+LINE_LIMIT = 65536
+READ_SIZE = 65536
+OVERLONG = f"a line of more than {LINE_LIMIT} bytes"
+#: Bytes of one read where every line may have to be parsed.
+CAREFUL_READ_SIZE = 4096
+
+#: Finds, in a whole chunk, whether any event in it may matter. Most don't, and JSON is
+#: parsed for none of those.
+EVENT_OF_INTEREST = re.compile(
+    rb'"event"\s*:\s*"(?:%s)"' % "|".join(["SHUTDOWN", *EFFECTS]).encode()
+)
+
+Greeting = collections.namedtuple("Greeting", "version")
+Status = collections.namedtuple("Status", "status")
+#: The timestamp is in seconds since the epoch by QEMU's clock, None if it has none.
+Event = collections.namedtuple("Event", "name data timestamp")
+
+
+def parse_message(line: bytes) -> Greeting | Status | Event | None:
+    """Return what one line says, None for an answer of no interest.
+
+    Raises ValueError, or RecursionError for deep nesting, if it is no QMP message.
+    """
+    # Late: a first connection is made before there is anything to parse.
+    import json
+
+    message = json.loads(line.decode("utf-8"))
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    if isinstance(message.get("event"), str):
+        timestamp = event_time(message.get("timestamp"))
+        return Event(message["event"], message.get("data"), timestamp)
+    if "QMP" in message:
+        return Greeting(qemu_version(message["QMP"]))
+    if "error" in message:
+        raise ValueError("a command was refused")
+    if "return" not in message:
+        raise ValueError("neither greeting, answer nor event")
+    if message.get("id") != STATUS_ID:
+        return None
+    answer = message["return"]
+    if not isinstance(answer, dict) or not isinstance(answer.get("status"), str):
+        raise ValueError("no status in the answer to query-status")
+    return Status(answer["status"])
+
+
+def event_time(timestamp: object) -> float | None:
+    """Return an event's time in seconds; QEMU gives -1 when it has no clock."""
+    if not isinstance(timestamp, dict):
+        return None
+    seconds, microseconds = timestamp.get("seconds"), timestamp.get("microseconds")
+    if not isinstance(seconds, int) or not isinstance(microseconds, int):
+        return None
+    if not (0 <= seconds < 1 << 40 and 0 <= microseconds < 1000000):
+        return None
+    return seconds + microseconds / 1e6
+
+
+def qemu_version(greeting: object) -> str:
+    """Return the version that a greeting names, like 7.2.22, or "unknown"."""
+    try:
+        version = greeting["version"]["qemu"]  # type: ignore[index]
+        numbers = [version[part] for part in ("major", "minor", "micro")]
+    except (TypeError, KeyError, IndexError):
+        return "unknown"
+    if not all(isinstance(number, int) for number in numbers):
+        return "unknown"
+    # Interned, for a thousand instances tend to run one version.
+    return sys.intern(".".join(str(number % 1000) for number in numbers))
+
+
+class Protocol:
+    """The client side of one QMP connection, without I/O: bytes in, messages out.
+
+    QEMU's docs/interop/qmp-spec: a JSON object per line. `read_size` is how many
+    bytes the next read should ask for. `complaint` says what was skipped first.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_greeted",
+        "_overlong",
+        "_unfinished",
+        "complaint",
+        "read_size",
+    )
+
+    def __init__(self) -> None:
+        self._greeted = False
+        #: query-status was answered, so that only events can be of interest.
+        self._answered = False
+        #: The start of a line that goes on, at most LINE_LIMIT bytes.
+        self._unfinished = b""
+        #: The line that comes in is longer than that: it is skipped to its end.
+        self._overlong = False
+        self.read_size = CAREFUL_READ_SIZE
+        self.complaint: str | None = None
+
+    def receive(self, data: bytes) -> list[Greeting | Status | Event]:
+        """Take what was read, b"" at the end of the connection; return the messages."""
+        end = data.rfind(b"\n") + 1
+        if data and not end:
+            self._keep(data)
+            return []
+        lines = self._unfinished + data[:end]
+        self._unfinished = b""
+        if self._overlong:
+            lines = lines[lines.find(b"\n") + 1 :]
+            self._overlong = False
+        self._keep(data[end:])
+        if self._answered and self._greeted and not EVENT_OF_INTEREST.search(lines):
+            self.read_size = READ_SIZE
+            return []
+        self.read_size = CAREFUL_READ_SIZE
+        return [
+            message
+            for message in map(self._read_line, lines.split(b"\n"))
+            if message is not None
+        ]
+
+    def _keep(self, data: bytes) -> None:
+        if self._overlong or len(self._unfinished) + len(data) > LINE_LIMIT:
+            self._unfinished = b""
+            self._overlong = True
+            self._complain(OVERLONG)
+        else:
+            self._unfinished += data
+
+    def _read_line(self, line: bytes) -> Greeting | Status | Event | None:
+        if not line.strip():
+            return None
+        try:
+            if len(line) > LINE_LIMIT:
+                raise ValueError(OVERLONG)
+            message = parse_message(line)
+        except (ValueError, RecursionError) as error:
+            self._complain(f"{error}: {line[:80]!r}")
+            return None
+        self._greeted |= isinstance(message, Greeting)
+        self._answered |= isinstance(message, Status)
+        # Before the greeting nothing can be told: there was no negotiation yet.
+        return message if self._greeted else None
+
+    def _complain(self, complaint: str) -> None:
+        self.complaint = self.complaint or complaint
+
+
+# ---- The log -------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Return the text with all that is not printable escaped, on one line."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+class Log:
+    """Log lines as Ganeti's Python daemons write them, to a file and elsewhere.
+
+    Not the logging module: importing it costs a third of the time that a start may
+    take, and an eighth of the memory. Writing never raises and never blocks.
+    """
+
+    def __init__(
+        self, path: str | None, sinks: list[Callable[[str, str], None]]
+    ) -> None:
+        """Log to a file, if there is a path, and to sinks: calls with level, line."""
+        self.path = path
+        self.debugging = False
+        self._sinks = sinks
+        self._fd: int | None = None
+        self._troubles: set[str] = set()
+
+    def open(self) -> None:
+        """Open the file; raises OSError, and keeps the one that was open before."""
+        if self.path is None:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK
+        fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+        if self._fd is None:
+            self._fd = fd
+        else:
+            os.dup2(fd, self._fd, inheritable=False)
+            os.close(fd)
+
+    def debug(self, message: str) -> None:
+        """Log what only `--debug` shows."""
+        if self.debugging:
+            self._log("DEBUG", message)
+
+    def info(self, message: str) -> None:
+        """Log a verdict, or a step of the daemon's life."""
+        self._log("INFO", message)
+
+    def warning(self, message: str) -> None:
+        """Log a degraded state."""
+        self._log("WARNING", message)
+
+    def error(self, message: str) -> None:
+        """Log a failure that somebody has to look at."""
+        self._log("ERROR", message)
+
+    def exception(self, message: str) -> None:
+        """Log a failure with the traceback of the exception that is being handled."""
+        import traceback
+
+        self.error(message)
+        for line in traceback.format_exc().splitlines():
+            self.error(line)
+
+    def begin_trouble(self, trouble: str, consequence: str) -> None:
+        """Warn of a degraded state, once until it is over."""
+        if trouble not in self._troubles:
+            self._troubles.add(trouble)
+            self.warning(f"{trouble}: {consequence}")
+
+    def end_trouble(self, trouble: str) -> None:
+        """Tell that a degraded state is over, if it was one."""
+        if trouble in self._troubles:
+            self._troubles.remove(trouble)
+            self.info(f"{trouble}: it is over")
+
+    def _log(self, level: str, message: str) -> None:
+        now = time.time()
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        line = (
+            f"{date},{int(now % 1 * 1000):03d}: {DAEMON_NAME} pid={os.getpid()} {level}"
+            f" {printable(message)}"
+        )
+        if self._fd is not None:
+            write_line(self._fd, line)
+        for sink in self._sinks:
+            sink(level, line)
+
+
+def write_line(fd: int, line: str) -> None:
+    """Write a line to a log file or stderr; what can't be written now is lost."""
+    try:
+        os.write(fd, line.encode() + b"\n")
+    except OSError:
+        pass  # a full disk must not stop the daemon, and there is no one to tell
+
+
+# ---- The shutdown file ---------------------------------------------------------------
+
+
+def create_shutdown_file(path: str, log: Log) -> str:
+    """Make an empty file of mode 0600; return "created", or "present".
+
+    mknod(2) opens nothing: it follows no symlink, waits for no fifo, truncates no
+    file, and works when the process has no file descriptor left. What is planted
+    under the name is removed, but a directory is left: to Ganeti it counts as well.
+    Raises OSError.
+    """
+    for _ in range(3):
+        try:
+            os.mknod(path, stat.S_IFREG | 0o600)
+        except FileExistsError:
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+                return "present"
+            log.warning(f"{path}: removing what stands there instead of a file")
+            os.unlink(path)
+        else:
+            return "created"
+    raise FileExistsError(errno.EEXIST, "planted again and again", path)
+
+
+def remove_shutdown_file(path: str) -> str:
+    """Remove the file; return "removed", "none" or, for a directory, "directory".
+
+    Raises OSError.
+    """
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return "none"
+    except IsADirectoryError:
+        return "directory"
+    return "removed"
+
+
+# ---- The monitor of one instance -----------------------------------------------------
+
+NEVER = float("inf")
+#: Seconds between attempts to connect: the first, and the most.
+FIRST_DELAY = 0.001
+LONGEST_DELAY = 1.0
+#: Seconds after which a socket on which nobody listens is dead, and after which a peer
+#: that has not greeted is worth a warning.
+PATIENCE = 10.0
+#: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
+SETTLING_TIME = 1.0
+#: Seconds between attempts to write a shutdown file.
+FILE_RETRY = 1.0
+#: Reads of an old connection before a new process takes its instance's name.
+LAST_READS = 64
+#: Bytes of sun_path, less the NUL at its end (unix(7)).
+LONGEST_SOCKET_PATH = 107
+#: File descriptors that no connection may take: the daemon's own files, with some room.
+RESERVED_DESCRIPTORS = 12
+OUT_OF_DESCRIPTORS = "out of file descriptors"
+
+
+def socket_identity(path: str) -> int | None:
+    """Return what tells this socket from a later one of its name, None if it is none.
+
+    The inode number does not: the kernel gives it to the next file at once.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    return hash((status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+class Phase(enum.Enum):
+    """Where a monitor stands."""
+
+    #: A .qmp that may be joined by a .kvmd.
+    SETTLING = "settling"
+    #: Trying to connect, again and again.
+    CONNECTING = "connecting"
+    #: Connected, and not greeted yet: QEMU is starting, or has another client.
+    AWAITING_GREETING = "awaiting greeting"
+    CONNECTED = "connected"
+    #: Nobody listens; only the rescan tries again.
+    DEAD = "dead"
+    #: The verdict was given, the connection has ended: no more is to be heard here.
+    ENDED = "ended"
+    #: There is no socket of this name.
+    GONE = "gone"
+
+
+class Reactor:
+    """What the monitors share: directory, log, selector, timers, descriptor limit."""
+
+    def __init__(self, control_dir: str, log: Log, descriptor_limit: int) -> None:
+        self.control_dir = control_dir
+        self.log = log
+        self.selector = selectors.DefaultSelector()
+        self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
+        self._timers: list[tuple[float, int, Monitor]] = []
+        self._sequence = itertools.count()
+
+    def set_timer(self, monitor: Monitor, seconds: float) -> None:
+        """Have the monitor's `on_timer` called in so many seconds, and not before."""
+        monitor.due = time.monotonic() + seconds
+        heapq.heappush(self._timers, (monitor.due, next(self._sequence), monitor))
+
+    def next_timer(self) -> float:
+        """Return when the next timer is due, in time.monotonic()'s seconds."""
+        return self._timers[0][0] if self._timers else NEVER
+
+    def expired(self) -> Iterator[Monitor]:
+        """Take out the monitors whose time has come."""
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            due, _, monitor = heapq.heappop(self._timers)
+            if monitor.due == due:
+                monitor.due = None
+                yield monitor
+
+    def has_room(self) -> bool:
+        """Tell whether a descriptor is left for one more connection."""
+        return len(self.selector.get_map()) < self._connection_limit
+
+
+class Monitor:
+    """The monitor of one instance: connection, retries, protocol and verdict."""
+
+    __slots__ = (
+        "_delay",
+        "_protocol",
+        "_reactor",
+        "_socket",
+        "_unwritten",
+        "_version",
+        "due",
+        "identity",
+        "instance",
+        "phase",
+        "since",
+        "state",
+        "suffix",
+    )
+
+    def __init__(self, instance: str, suffix: str, reactor: Reactor) -> None:
+        self.instance = instance
+        self.suffix = suffix
+        self.phase = Phase.CONNECTING
+        #: When the phase began, and when the timer is due (time.monotonic()).
+        self.since = time.monotonic()
+        self.due: float | None = None
+        #: The socket it is about, None when its name is gone (`socket_identity`).
+        self.identity: int | None = None
+        self.state = GuestState()
+        self._reactor = reactor
+        self._delay = FIRST_DELAY
+        self._socket: socket.socket | None = None
+        self._protocol: Protocol | None = None
+        self._version: str | None = None
+        #: The ruling whose file could not be written yet, and its event's time.
+        self._unwritten: tuple[Ruling, float | None] | None = None
+
+    @property
+    def path(self) -> str:
+        """The monitor socket."""
+        return self._reactor.control_dir + "/" + self.instance + self.suffix
+
+    @property
+    def shutdown_file(self) -> str:
+        """The file that tells Ganeti of the user's doing."""
+        return self._reactor.control_dir + "/" + self.instance + ".shutdown"
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is lost when the monitor is dropped."""
+        return self._socket is None and self._unwritten is None
+
+    def settle(self) -> None:
+        """Wait until the socket has stood alone long enough, then connect."""
+        self.identity = socket_identity(self.path)
+        self._enter(Phase.SETTLING if self.identity else Phase.GONE)
+        self._reactor.set_timer(self, SETTLING_TIME)
+
+    def connect(self) -> None:
+        """Try to connect; set a timer for the next attempt where it makes sense."""
+        identity = socket_identity(self.path)
+        if identity is None:
+            self._enter(Phase.GONE)
+            return
+        if identity != self.identity:
+            self.identity = identity
+            self.state = GuestState()
+            self._unwritten = None
+        if not self._reactor.has_room():
+            self._wait_for_descriptor()
+            return
+        try:
+            connection = socket.socket(
+                socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+            )
+        except OSError:
+            self._wait_for_descriptor()
+            return
+        try:
+            connection.connect(self.path)
+        except OSError as error:
+            connection.close()
+            self._wait_for_listener(error)
+            return
+        self._begin(connection)
+
+    def _begin(self, connection: socket.socket) -> None:
+        """Negotiate at once on a new connection: events before that are lost."""
+        try:
+            connection.send(COMMANDS)
+        except OSError:
+            pass  # the peer has closed already, and its last words may wait to be read
+        self._socket = connection
+        self._protocol = Protocol()
+        self._reactor.selector.register(connection, selectors.EVENT_READ, self)
+        self._enter(Phase.AWAITING_GREETING)
+        self._reactor.set_timer(self, PATIENCE)
+
+    def _wait_for_listener(self, error: OSError) -> None:
+        if error.errno == errno.ENOENT:
+            self._enter(Phase.GONE)
+            return
+        if error.errno == errno.EAGAIN:
+            # The backlog is full: somebody does listen.
+            self._enter(Phase.CONNECTING)
+        if time.monotonic() - self.since < PATIENCE:
+            self._reactor.set_timer(self, self._delay)
+            self._delay = min(2 * self._delay, LONGEST_DELAY)
+        elif self.phase is not Phase.DEAD:
+            self._enter(Phase.DEAD)
+            tell = self._warn
+            if error.errno == errno.ECONNREFUSED:
+                tell = self._debug
+            tell(
+                f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
+                " each rescan"
+            )
+
+    def _wait_for_descriptor(self) -> None:
+        self._reactor.log.begin_trouble(
+            OUT_OF_DESCRIPTORS,
+            "the next instances wait until one comes free (raise the daemon's limit,"
+            " ulimit -Hn)",
+        )
+        self._enter(Phase.CONNECTING)
+        self._reactor.set_timer(self, LONGEST_DELAY)
+
+    def on_timer(self) -> None:
+        """Do what the timer was set for."""
+        if self.phase in {Phase.SETTLING, Phase.CONNECTING}:
+            if self.phase is Phase.SETTLING:
+                self._enter(Phase.CONNECTING)
+            self.connect()
+        elif self.phase is Phase.AWAITING_GREETING and self._unwritten is None:
+            self._warn(
+                f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one"
+                " client at a time, and another one may be connected"
+            )
+        if self._unwritten is not None:
+            self._write_file()
+
+    def on_removed(self) -> None:
+        """Note that the socket's name is gone: what stands there next is new."""
+        self.identity = None
+
+    def finish(self) -> None:
+        """Read what is left on the connection, and close it for good."""
+        for _ in range(LAST_READS):
+            if not self.receive():
+                break
+        self._disconnect()
+        self.due = None
+
+    def receive(self) -> bool:
+        """Read once, and act on it; tell whether there was anything to read."""
+        if self._socket is None or self._protocol is None:
+            return False
+        try:
+            data = self._socket.recv(self._protocol.read_size)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""  # what had arrived before the error was read before
+        if self._reactor.log.debugging:
+            for line in data.splitlines():
+                self._debug(f"<-- {line!r}")
+        complaint = self._protocol.complaint
+        for message in self._protocol.receive(data):
+            self._take(message)
+        if self._protocol.complaint != complaint:
+            self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
+        if not data:
+            self._end()
+        return bool(data)
+
+    def _take(self, message: Greeting | Status | Event) -> None:
+        ruling, timestamp = None, None
+        if isinstance(message, Greeting):
+            self._version = message.version
+            self._enter(Phase.CONNECTED)
+            self._info(f"connected to QEMU {message.version}, pid {self._peer_pid()}")
+        elif isinstance(message, Status):
+            ruling = self.state.on_status(message.status)
+        else:
+            ruling = self.state.on_event(message.name, message.data)
+            timestamp = message.timestamp
+        if ruling is not None:
+            self._carry_out(ruling, timestamp)
+
+    def _end(self) -> None:
+        """Take the end of the connection."""
+        ruling = self.state.on_end()
+        if ruling is not None:
+            self._carry_out(ruling, None)
+        lasted = time.monotonic() - self.since
+        self._disconnect()
+        if socket_identity(self.path) is None:
+            self._enter(Phase.GONE)
+        elif self.state.ruling is not None:
+            self._enter(Phase.ENDED)
+        else:
+            # A peer that closes at once, again and again, must not keep us busy.
+            if lasted > LONGEST_DELAY:
+                self._delay = FIRST_DELAY
+            self._enter(Phase.CONNECTING)
+            self._reactor.set_timer(self, self._delay)
+            self._delay = min(2 * self._delay, LONGEST_DELAY)
+
+    def abandon(self) -> None:
+        """Give the connection up after an unexpected error; try again, slowly."""
+        self._disconnect()
+        self._enter(Phase.CONNECTING)
+        self._delay = LONGEST_DELAY
+        self._reactor.set_timer(self, LONGEST_DELAY)
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._reactor.selector.unregister(self._socket)
+            self._socket.close()
+        self._socket = self._protocol = None
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.since = time.monotonic()
+
+    def _peer_pid(self) -> int:
+        """Return QEMU's pid (SO_PEERCRED of unix(7))."""
+        if self._socket is None:
+            return 0
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)
+
+    def _carry_out(self, ruling: Ruling, timestamp: float | None) -> None:
+        self._unwritten = (ruling, timestamp)
+        error = self._write_file()
+        if error is not None:
+            self._reactor.log.error(
+                f"{self.instance}: {ruling}, but {self.shutdown_file}:"
+                f" {error.strerror}; trying again every second"
+            )
+
+    def _write_file(self) -> OSError | None:
+        """Bring the shutdown file in line with the ruling; try again later if need be.
+
+        Returns the error, None if it is done.
+        """
+        if self._unwritten is None:
+            return None
+        ruling, timestamp = self._unwritten
+        try:
+            if ruling.verdict is Verdict.USER:
+                outcome = create_shutdown_file(self.shutdown_file, self._reactor.log)
+            else:
+                outcome = remove_shutdown_file(self.shutdown_file)
+        except OSError as error:
+            self._reactor.set_timer(self, FILE_RETRY)
+            return error
+        self._unwritten = None
+        if ruling.verdict is Verdict.RUNNING and outcome == "none":
+            return None
+        event, after = "unknown", "unknown"
+        if timestamp is not None:
+            event = f"{timestamp:.6f}"
+            after = "%.1fms" % ((time.time() - timestamp) * 1000)
+        self._info(f"{ruling} event={event} file={outcome} after={after}")
+        return None
+
+    def _debug(self, text: str) -> None:
+        self._reactor.log.debug(f"{self.instance}: {text}")
+
+    def _info(self, text: str) -> None:
+        self._reactor.log.info(f"{self.instance}: {text}")
+
+    def _warn(self, text: str) -> None:
+        self._reactor.log.warning(f"{self.instance}: {text}")
+
+    def describe(self) -> str:
+        """Return the monitor's line of the status table."""
+        if self._socket is None:
+            words = [self.phase.value]
+        else:
+            since = time.localtime(time.time() - (time.monotonic() - self.since))
+            words = [
+                "{} since {}".format(self.phase.value, time.strftime("%F %T", since)),
+                f"QEMU {self._version or 'unknown'} pid {self._peer_pid()}",
+            ]
+        if self.state.powerdown_requested:
+            words.append("powerdown requested")
+        if self.state.ruling is not None:
+            words.append(str(self.state.ruling))
+        return "{}{}: {}".format(self.instance, self.suffix, ", ".join(words))
+
+
+# ---- The service manager's ear -------------------------------------------------------
+
+
+class Notifier:
+    """Tells systemd how the daemon is doing (sd_notify(3)), where it wants to know."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._socket: socket.socket | None = None
+        #: Seconds between signs of life, as often as sd_watchdog_enabled(3) advises.
+        self.watchdog_interval = NEVER
+        self._status = ""
+        if address[:1] not in {"/", "@"}:
+            return
+        self._socket = socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        )
+        self._address = address.replace("@", "\0", 1) if address[0] == "@" else address
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        watched_pid = environment.get("WATCHDOG_PID", str(os.getpid()))
+        if microseconds.isdigit() and watched_pid == str(os.getpid()):
+            self.watchdog_interval = int(microseconds) / 2e6
+
+    def send(self, *assignments: str) -> None:
+        """Send lines like READY=1; nobody is to wait for a service manager."""
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto("\n".join(assignments).encode(), self._address)
+        except OSError:
+            pass  # it is gone or busy; nothing here depends on it
+
+    def send_status(self, status: str) -> None:
+        """Send what `systemctl status` is to show, if it has changed."""
+        if status != self._status:
+            self._status = status
+            self.send(f"STATUS={status}")
+
+
+# ---- The daemon ----------------------------------------------------------------------
+
+#: Seconds between looks at the directory while inotify can't be relied on.
+POLL_INTERVAL = 1.0
+
+#: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
+SUFFIXES = {
+    "auto": (".kvmd", ".qmp"),
+    ".kvmd": (".kvmd",),
+    ".qmp": (".qmp",),
+}
+
+NO_INOTIFY = "inotify is not to be had"
+UNSETTLED = "the control directory's path can't be watched as a whole"
+UNREADABLE = "the control directory can't be read"
+
+
+def catch_signals(numbers: list[signal.Signals]) -> int:
+    """Have the signals written to a pipe, a byte each; return its end to read from.
+
+    Signals that were blocked are let through from now on.
+    """
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda _number, _frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return reader
+
+
+class Daemon:
+    """The loop, the monitors of all instances, and the watch on their directory."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        suffixes: tuple[str, ...],
+        rescan_interval: float,
+        notifier: Notifier,
+    ) -> None:
+        """Prepare; rescan_interval is in seconds, 0 for never."""
+        self._monitors: dict[str, Monitor] = {}
+        self._reactor = reactor
+        self._log = reactor.log
+        self._suffixes = suffixes
+        self._rescan_interval = rescan_interval or NEVER
+        self._next_rescan = NEVER
+        self._notifier = notifier
+        self._next_sign_of_life = NEVER
+        self._watch: DirectoryWatch | None = None
+        self._too_long: set[str] = set()
+        self._started = time.monotonic()
+        self._stopping = False
+        self._actions = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGHUP: self.reopen_log,
+            signal.SIGUSR1: self.log_status,
+        }
+
+    def start(self) -> None:
+        """Set the watch, and connect to the instances that are there."""
+        self._signals = catch_signals(list(self._actions))
+        self._reactor.selector.register(
+            self._signals, selectors.EVENT_READ, self._on_signals
+        )
+        self.rescan()
+
+    def run(self) -> None:
+        """Do the work until a signal ends it."""
+        self._notifier.send("READY=1")
+        self._give_sign_of_life()
+        while not self._stopping:
+            self._turn()
+        self._notifier.send("STOPPING=1")
+
+    def _turn(self) -> None:
+        """Wait, then serve all that is ready, one read each; the monitors come first.
+
+        What was to be read on an old connection is read before a new socket of the
+        same name is noticed.
+        """
+        others: list[Callable[[], None]] = []
+        for key, _ in self._reactor.selector.select(self._timeout()):
+            if isinstance(key.data, Monitor):
+                self._attend(key.data, Monitor.receive)
+            else:
+                others.append(key.data)
+        for serve in others:
+            serve()
+        for monitor in self._reactor.expired():
+            self._attend(monitor, Monitor.on_timer)
+        if time.monotonic() >= self._next_rescan:
+            self.rescan()
+        if time.monotonic() >= self._next_sign_of_life:
+            self._give_sign_of_life()
+        self._notifier.send_status(f"{len(self._monitors)} instances watched")
+
+    def _give_sign_of_life(self) -> None:
+        self._notifier.send("WATCHDOG=1")
+        self._next_sign_of_life = time.monotonic() + self._notifier.watchdog_interval
+
+    def _timeout(self) -> float | None:
+        """Return the seconds until something has to be done; None: nothing has."""
+        deadline = min(
+            self._next_rescan, self._next_sign_of_life, self._reactor.next_timer()
+        )
+        return None if deadline == NEVER else max(0.0, deadline - time.monotonic())
+
+    def _attend(self, monitor: Monitor, step: Callable[[Monitor], object]) -> None:
+        """Have a monitor do one thing; what goes wrong costs its connection alone."""
+        try:
+            step(monitor)
+        except Exception:
+            self._log.exception(
+                f"{monitor.instance}: unexpected error; connecting anew"
+            )
+            monitor.abandon()
+        if monitor.phase is Phase.GONE and monitor.is_idle():
+            self._forget(monitor)
+
+    # The monitors.
+
+    def _start(self, instance: str, suffix: str) -> None:
+        """Monitor a socket that was not there before."""
+        monitor = Monitor(instance, suffix, self._reactor)
+        if len(os.fsencode(monitor.path)) > LONGEST_SOCKET_PATH:
+            self._refuse_long_path(monitor.path)
+            return
+        old = self._monitors.get(instance)
+        if old is not None:
+            self._attend(old, Monitor.finish)
+        self._monitors[instance] = monitor
+        first_choice = suffix == self._suffixes[0]
+        self._attend(monitor, Monitor.connect if first_choice else Monitor.settle)
+
+    def _refuse_long_path(self, path: str) -> None:
+        if path not in self._too_long:
+            self._too_long.add(path)
+            self._log.warning(
+                f"{path}: ignored, for its path is longer than the"
+                f" {LONGEST_SOCKET_PATH} bytes that a socket's may have"
+            )
+
+    def _forget(self, monitor: Monitor) -> None:
+        monitor.due = None
+        if self._monitors.get(monitor.instance) is monitor:
+            del self._monitors[monitor.instance]
+            self._look_for(monitor.instance)
+
+    def _look_for(self, instance: str) -> None:
+        """Monitor the instance's best socket, unless that is monitored already."""
+        monitor = self._monitors.get(instance)
+        for suffix in self._suffixes:
+            path = self._reactor.control_dir + "/" + instance + suffix
+            identity = socket_identity(path)
+            if identity is not None:
+                break
+        else:
+            return
+        if monitor is None:
+            self._start(instance, suffix)
+        elif suffix in (monitor.suffix, self._suffixes[0]) or monitor.is_idle():
+            if (suffix, identity) != (monitor.suffix, monitor.identity):
+                self._start(instance, suffix)
+
+    def _instance_of(self, name: str) -> str | None:
+        """Return the instance that a file name in the directory tells of."""
+        for suffix in self._suffixes:
+            if name.endswith(suffix) and name != suffix:
+                return name[: -len(suffix)]
+        return None
+
+    # The directory.
+
+    def rescan(self) -> None:
+        """Follow what the path means now, and reconcile the monitors with it."""
+        try:
+            if self._watch is None:
+                self._watch = DirectoryWatch(self._reactor.control_dir)
+                self._reactor.selector.register(
+                    self._watch, selectors.EVENT_READ, self._on_watch
+                )
+            facts = self._watch.follow()
+        except OSError as error:
+            self._lose_watch(error)
+        else:
+            self._log.end_trouble(NO_INOTIFY)
+            self._report(facts)
+        self._reconcile()
+        self._plan_rescan()
+        if self._reactor.has_room():
+            self._log.end_trouble(OUT_OF_DESCRIPTORS)
+
+    def _plan_rescan(self) -> None:
+        reliable = self._watch is not None and self._watch.settled
+        interval = self._rescan_interval if reliable else POLL_INTERVAL
+        self._next_rescan = time.monotonic() + interval
+
+    def _lose_watch(self, error: OSError) -> None:
+        """Go on without inotify until it works again."""
+        if self._watch is not None:
+            self._reactor.selector.unregister(self._watch)
+            self._watch.close()
+            self._watch = None
+        self._next_rescan = time.monotonic() + POLL_INTERVAL
+        self._log.begin_trouble(
+            NO_INOTIFY,
+            f"{error.filename}: {error.strerror}; looking at"
+            f" {self._reactor.control_dir} every second instead (raise the sysctls"
+            " fs.inotify.max_user_instances and fs.inotify.max_user_watches)",
+        )
+
+    def _on_watch(self) -> None:
+        """Take what the kernel tells of the directory."""
+        if self._watch is None:
+            return
+        try:
+            facts = self._watch.read()
+        except OSError as error:
+            self._lose_watch(error)
+            return
+        for fact, name in facts:
+            instance = self._instance_of(name)
+            if instance is None:
+                continue
+            if fact is Fact.REMOVED:
+                self._drop_name(instance, name)
+            self._look_for(instance)
+        if self._report(facts):
+            self._reconcile()
+            self._plan_rescan()
+
+    def _drop_name(self, instance: str, name: str) -> None:
+        monitor = self._monitors.get(instance)
+        if monitor is not None and name == instance + monitor.suffix:
+            monitor.on_removed()
+            if monitor.is_idle():
+                self._forget(monitor)
+
+    def _report(self, facts: list[tuple[Fact, str]]) -> bool:
+        """Log what happened to the directory; tell whether to look at all of it."""
+        control_dir = self._reactor.control_dir
+        look = False
+        for fact, name in facts:
+            self._log.debug(f"watch: {fact.value} {name}")
+            look |= not name
+            if fact is Fact.APPEARED:
+                self._log.info(f"watching {control_dir}")
+            elif fact is Fact.VANISHED:
+                self._log.info(f"{control_dir} is gone; waiting for it")
+            elif fact is Fact.LOST:
+                self._log.warning(
+                    "the kernel's queue of file events ran over; looking at all of"
+                    f" {control_dir}"
+                )
+        return look
+
+    def _reconcile(self) -> None:
+        """Bring the monitors in line with what is in the directory."""
+        try:
+            names = os.listdir(self._reactor.control_dir)
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            self._log.begin_trouble(UNREADABLE, f"{error.filename}: {error.strerror}")
+            return
+        self._log.end_trouble(UNREADABLE)
+        instances = {self._instance_of(name) for name in names}
+        for monitor in list(self._monitors.values()):
+            if monitor.phase is Phase.DEAD:
+                self._attend(monitor, Monitor.connect)
+            elif monitor.instance not in instances and monitor.is_idle():
+                self._forget(monitor)
+        for instance in instances:
+            if instance is not None:
+                self._look_for(instance)
+
+    # Signals.
+
+    def _on_signals(self) -> None:
+        for number in set(os.read(self._signals, 4096)):
+            self._actions[signal.Signals(number)]()
+
+    def stop(self) -> None:
+        """End the loop when what was ready is done."""
+        self._stopping = True
+
+    def reopen_log(self) -> None:
+        """Open the log file anew, for logrotate."""
+        self._notifier.send(
+            "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
+        )
+        try:
+            self._log.open()
+        except OSError as error:
+            self._log.error(
+                f"cannot reopen the log file {error.filename}: {error.strerror};"
+                " keeping the old one"
+            )
+        else:
+            self._log.info("log file reopened")
+        self._notifier.send("READY=1")
+
+    def log_status(self) -> None:
+        """Log the daemon's status, and a line for each instance."""
+        self._log.info(
+            f"status: version {VERSION}, up {time.monotonic() - self._started:.0f} s,"
+            f" {'watching' if self._watch and self._watch.target else 'waiting for'}"
+            f" {self._reactor.control_dir}, {len(self._monitors)} instances"
+        )
+        for _, monitor in sorted(self._monitors.items()):
+            self._log.info(f"status: {monitor.describe()}")
+
+
+# ---- The service: settings -----------------------------------------------------------
+
+
+class Setting(enum.Enum):
+    """What one of the cluster's settings means for this daemon."""
+
+    FINE = "ok"
+    DOUBTFUL = "warn"
+    #: The daemon is not wanted here.
+    FORBIDDING = "no"
+    #: It can't be told what the setting is.
+    BROKEN = "broken"
+
+
+#: A judged setting and one line for the administrator, with the remedy.
+Finding = collections.namedtuple("Finding", "setting text")
+
+
+def judge_hypervisors(text: str) -> Finding:
+    """Judge ssconf_hypervisor_list: a hypervisor's name per line."""
+    names = text.split()
+    if "kvm" in names:
+        return Finding(Setting.FINE, f"enabled hypervisors: {', '.join(names)}")
+    return Finding(
+        Setting.FORBIDDING,
+        f"kvm is not among the enabled hypervisors ({', '.join(names)}); to enable it:"
+        " gnt-cluster modify --enabled-hypervisors=...,kvm",
+    )
+
+
+def judge_user_shutdown(text: str) -> Finding:
+    """Judge ssconf_enabled_user_shutdown: True or False."""
+    value = text.strip()
+    if value == "True":
+        return Finding(Setting.FINE, "user shutdown is enabled (True)")
+    if value == "False":
+        return Finding(
+            Setting.FORBIDDING,
+            "user shutdown is not enabled (False); to enable it:"
+            " gnt-cluster modify --user-shutdown=yes",
+        )
+    return Finding(Setting.BROKEN, f"neither True nor False: {text[:80]!r}")
+
+
+def judge_vm_capable(text: str, node_names: list[str]) -> Finding:
+    """Judge ssconf_node_vm_capable: a line `node=True` or `node=False` per node."""
+    capable = {}
+    for line in text.splitlines():
+        node, _, value = line.strip().partition("=")
+        if value not in {"True", "False"}:
+            return Finding(Setting.BROKEN, f"no line like node=True: {line[:80]!r}")
+        capable[node] = value == "True"
+    listed = [node for node in node_names if node in capable]
+    if not listed:
+        return Finding(
+            Setting.DOUBTFUL,
+            f"node {' or '.join(node_names)} is not listed; taking it for vm_capable"
+            " (compare with: gnt-node list)",
+        )
+    if not capable[listed[0]]:
+        return Finding(
+            Setting.FORBIDDING,
+            f"node {listed[0]} is not vm_capable (False); to make it so:"
+            f" gnt-node modify --vm-capable=yes {listed[0]}",
+        )
+    return Finding(Setting.FINE, f"node {listed[0]} is vm_capable (True)")
+
+
+def read_ssconf(path: str) -> str:
+    """Return the text of one of Ganeti's ssconf files. Raises OSError, ValueError."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def judge_cluster(ssconf_dir: str, node_names: list[str]) -> Iterator[Finding]:
+    """Judge the cluster's settings, in the order in which the daemon asks for them."""
+    judges: dict[str, Callable[[str], Finding]] = {
+        "ssconf_hypervisor_list": judge_hypervisors,
+        "ssconf_enabled_user_shutdown": judge_user_shutdown,
+        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, node_names),
+    }
+    for name, judge in judges.items():
+        path = os.path.join(ssconf_dir, name)
+        try:
+            finding = judge(read_ssconf(path))
+        except FileNotFoundError:
+            finding = Finding(
+                Setting.FORBIDDING,
+                "does not exist: this node is in no Ganeti cluster (gnt-cluster init,"
+                " gnt-node add)",
+            )
+        except (OSError, ValueError) as error:
+            finding = Finding(Setting.BROKEN, f"cannot be read: {error}")
+        if finding.setting is Setting.BROKEN:
+            text = f"{finding.text}; to write it anew: gnt-cluster redist-conf"
+            finding = Finding(Setting.BROKEN, text)
+        yield Finding(finding.setting, f"{path}: {finding.text}")
+
+
+def names_of_node() -> list[str]:
+    """Return the names that Ganeti may know this node by, the likeliest first."""
+    if "GANETI_HOSTNAME" in os.environ:
+        return [os.environ["GANETI_HOSTNAME"]]
+    return list(dict.fromkeys([socket.getfqdn(), socket.gethostname()]))
+
+
+# ---- The service: command line -------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return the options, all paths absolute; exit with status 2 on wrong usage."""
+    import argparse
+
+    root = os.environ.get("GANETI_ROOTDIR", "")
+    run_dir = f"{root}/var/run/ganeti"
+    parser = argparse.ArgumentParser(
+        prog=DAEMON_NAME,
+        description="Tell Ganeti which KVM instances were shut down by their users.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-f",
+        "--foreground",
+        action="store_true",
+        help="don't detach; log to stderr as well",
+    )
+    add(
+        "-d",
+        "--debug",
+        action="store_true",
+        help="log debug messages: every QMP message, every watch",
+    )
+    add(
+        "--syslog",
+        choices=["no", "yes", "only"],
+        default="no",
+        help="log to syslog as well (yes) or instead (only), but no debug messages",
+    )
+    add(
+        "--no-user-checks",
+        action="store_true",
+        help="don't insist on running as root",
+    )
+    add(
+        "--no-cluster-checks",
+        action="store_true",
+        help="don't ask the cluster's settings; for trials without Ganeti",
+    )
+    for option, default, meaning in [
+        ("--control-dir", f"{run_dir}/kvm-hypervisor/ctrl", "the monitor sockets"),
+        ("--pid-file", f"{run_dir}/ganeti-kvmd.pid", "the pid file"),
+        ("--log-file", f"{root}/var/log/ganeti/kvm-daemon.log", "the log"),
+        ("--ssconf-dir", f"{root}/var/lib/ganeti", "the cluster's settings"),
+    ]:
+        add(
+            option,
+            metavar="PATH",
+            type=os.path.abspath,
+            default=default,
+            help=f"{meaning} (default: %(default)s)",
+        )
+    add(
+        "--socket-suffix",
+        choices=list(SUFFIXES),
+        default="auto",
+        help="which monitor socket of an instance to use (default: %(default)s: its"
+        " .kvmd, or its .qmp if there is none)",
+    )
+    add(
+        "--rescan-interval",
+        metavar="SECONDS",
+        type=interval,
+        default=15.0,
+        help="how often to look for sockets that no event told of, 0 for never"
+        " (default: %(default)g)",
+    )
+    add(
+        "-V",
+        "--version",
+        action="version",
+        version=f"{DAEMON_NAME} (kvmd) version {VERSION}",
+    )
+    return parser.parse_args(arguments)
+
+
+def interval(text: str) -> float:
+    """Return a number of seconds from the command line. Raises ValueError."""
+    seconds = float(text)
+    if not 0 <= seconds < NEVER:
+        raise ValueError(text)
+    return seconds
+
+
+# ---- The service: process ------------------------------------------------------------
+
+
+class StartError(Exception):
+    """The daemon can't start; the message says why and what to do."""
+
+
+class PidFile:
+    """The pid file, locked as long as the daemon lives.
+
+    A POSIX record lock as Ganeti's own daemon takes it, so that the two exclude each
+    other. It is the process's, not passed on over fork(2), and gone as soon as any
+    descriptor of the file is closed (fcntl(2)).
+    """
+
+    ATTEMPTS = 10
+
+    def __init__(self, path: str) -> None:
+        """Lock the file and write the pid. Raises StartError."""
+        self.path = path
+        try:
+            self._fd = self._lock()
+            if os.geteuid() == 0:
+                # start-stop-daemon acts on no pid file that others than root may write.
+                os.fchown(self._fd, 0, 0)
+            os.fchmod(self._fd, 0o600)
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            raise StartError(f"cannot write the pid file {path}: {error}") from error
+
+    def _lock(self) -> int:
+        """Return a descriptor of the locked file, which is the one at the path."""
+        for _ in range(self.ATTEMPTS):
+            fd = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.read(fd, 20).decode("ascii", "replace").strip()
+                os.close(fd)
+                raise StartError(
+                    f"{DAEMON_NAME} runs already, with pid {holder or 'unknown'}: it"
+                    f" holds the lock on {self.path}"
+                ) from None
+            if self._is_at_path(fd):
+                return fd
+            os.close(fd)  # its last holder has removed it in between
+        raise StartError(f"{self.path} is removed again and again")
+
+    def _is_at_path(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Remove the file, unless another one stands there. Raises OSError."""
+        if self._is_at_path(self._fd):
+            os.unlink(self.path)
+
+
+def sanitize_process() -> None:
+    """Make the process independent of who started it."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # it was the listing's own
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    os.umask(0o077)
+    os.chdir("/")
+    # What comes before the loop can take it waits.
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    with open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write(DAEMON_NAME)
+
+
+def detach() -> Callable[[str], None]:
+    """Go on in the background, in a session of its own.
+
+    The first process waits until what is returned is called, with an empty message if
+    the daemon is ready, or with the reason if it can't start; then it exits.
+    """
+    reader, writer = os.pipe()
+    if os.fork() != 0:
+        os.close(writer)
+        with open(reader, encoding="utf-8") as pipe:
+            report = pipe.read()
+        if report != "ready\n":
+            write_line(2, f"{DAEMON_NAME}: {report or 'died while starting'}")
+        os._exit(0 if report == "ready\n" else 1)
+    os.close(reader)
+    os.setsid()
+    if os.fork() != 0:
+        os._exit(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+    def report_to_starter(problem: str) -> None:
+        os.write(writer, (problem or "ready\n").encode())
+        os.close(writer)
+
+    return report_to_starter
+
+
+def stderr_sink(level: str, line: str) -> None:
+    """Write a log line to stderr, unless that would block."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    if poll.poll(0):
+        write_line(2, line)
+
+
+def syslog_sink() -> Callable[[str, str], None]:
+    """Return a function that sends log lines to syslog, but no debug messages."""
+    import syslog
+
+    priorities = {
+        "INFO": syslog.LOG_INFO,
+        "WARNING": syslog.LOG_WARNING,
+        "ERROR": syslog.LOG_ERR,
+    }
+    syslog.openlog(DAEMON_NAME, syslog.LOG_PID, syslog.LOG_DAEMON)
+
+    def send(level: str, line: str) -> None:
+        if level in priorities:
+            syslog.syslog(priorities[level], line.split(f" {level} ", 1)[1])
+
+    return send
+
+
+# ---- The service: start and end ------------------------------------------------------
+
+
+def is_wanted(options: argparse.Namespace, log: Log) -> bool:
+    """Ask the cluster's settings; log the one that speaks against running."""
+    for finding in judge_cluster(options.ssconf_dir, names_of_node()):
+        if finding.setting is Setting.DOUBTFUL:
+            log.warning(finding.text)
+        elif finding.setting is Setting.FORBIDDING:
+            log.info(f"not needed here: {finding.text}")
+            return False
+        elif finding.setting is Setting.BROKEN:
+            log.error(f"not running: {finding.text}")
+            return False
+    return True
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files as far as it goes, and return it."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def open_log(options: argparse.Namespace) -> Log:
+    """Return the log as the options want it, the file not open yet."""
+    sinks: list[Callable[[str, str], None]] = []
+    if options.foreground:
+        sinks.append(stderr_sink)
+    if options.syslog != "no":
+        sinks.append(syslog_sink())
+    log = Log(None if options.syslog == "only" else options.log_file, sinks)
+    log.debugging = options.debug
+    sys.excepthook = lambda *_: log.exception("unexpected error, giving up")
+    return log
+
+
+def serve(options: argparse.Namespace, log: Log) -> int:
+    """Run the daemon; return the exit status."""
+    report = (lambda _problem: None) if options.foreground else detach()
+    try:
+        pid_file = PidFile(options.pid_file)
+    except StartError as error:
+        log.error(str(error))
+        report(str(error))
+        return 1
+    try:
+        reactor = Reactor(options.control_dir, log, raise_descriptor_limit())
+        daemon = Daemon(
+            reactor,
+            SUFFIXES[options.socket_suffix],
+            options.rescan_interval,
+            Notifier(os.environ),
+        )
+        log.info(f"kvmd {VERSION} started, for {options.control_dir}")
+        daemon.start()
+        report("")
+        gc.freeze()
+        daemon.run()
+        log.info("stopped")
+    finally:
+        pid_file.remove()
+    return 0
+
+
+def main() -> int:
+    """Run the command; return the exit status: 0, or 1 if it could not start."""
+    options = parse_arguments(sys.argv[1:])
+    sanitize_process()
+    log = open_log(options)
+    problem = None
+    try:
+        log.open()
+    except OSError as error:
+        problem = f"cannot open the log file: {error}"
+    if not options.no_cluster_checks and not is_wanted(options, log):
+        return 0
+    if not options.no_user_checks and os.geteuid() != 0:
+        problem = "must run as root (or with --no-user-checks, for trials)"
+    if problem:
+        write_line(2, f"{DAEMON_NAME}: {problem}")
+        return 1
+    return serve(options, log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
