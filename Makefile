@@ -27,6 +27,10 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest -m soak --timeout=0 test
 
+check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
+	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
+.PHONY: check-ganeti
+
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
