@@ -37,10 +37,12 @@ from kvmd_inotify import DirectoryWatch, Fact
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
 
 VERSION = "1.0.0"
 DAEMON_NAME = "ganeti-kvmd"
+NEVER = float("inf")
 
 
 # ---- The verdict ---------------------------------------------------------------------
@@ -67,6 +69,16 @@ class Ruling(collections.namedtuple("Ruling", "verdict cause")):
     def __str__(self) -> str:
         """Return it as log lines have it."""
         return f"verdict={self.verdict.value} cause={self.cause}"
+
+    def export(self) -> list[str]:
+        """Return it for the state file."""
+        return [self.verdict.value, self.cause]
+
+    @classmethod
+    def restore(cls, record: list[str]) -> Ruling:
+        """Return what was exported. Raises ValueError, TypeError."""
+        verdict, cause = record
+        return cls(Verdict(verdict), cause)
 
 
 #: What each event does to the state of a guest (QEMU's qapi/run-state.json).
@@ -149,6 +161,17 @@ class GuestState:
             return None
         self.alive = False
         return Ruling(Verdict.NOT_USER, "connection-ended")
+
+    def export(self) -> dict[str, object]:
+        """Return the state for the state file."""
+        record = {name: getattr(self, name) for name in self.__slots__}
+        return {**record, "ruling": self.ruling and self.ruling.export()}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take over what was exported."""
+        for name in self.__slots__:
+            setattr(self, name, record[name])
+        self.ruling = record["ruling"] and Ruling.restore(record["ruling"])
 
     def _judge(self, data: object) -> Ruling:
         cause, row = grounds_of_shutdown(data)
@@ -308,6 +331,24 @@ class Protocol:
             if message is not None
         ]
 
+    def export(self) -> dict[str, object]:
+        """Return what is known of the connection for the state file."""
+        return {
+            "greeted": self._greeted,
+            "answered": self._answered,
+            "unfinished": self._unfinished.decode("latin-1"),
+            "overlong": self._overlong,
+            "complaint": self.complaint,
+        }
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take over what was exported."""
+        self._greeted = record["greeted"]
+        self._answered = record["answered"]
+        self._unfinished = record["unfinished"].encode("latin-1")
+        self._overlong = record["overlong"]
+        self.complaint = record["complaint"]
+
     def _keep(self, data: bytes) -> None:
         if self._overlong or len(self._unfinished) + len(data) > LINE_LIMIT:
             self._unfinished = b""
@@ -435,6 +476,61 @@ def write_line(fd: int, line: str) -> None:
         pass  # a full disk must not stop the daemon, and there is no one to tell
 
 
+# ---- The service manager -------------------------------------------------------------
+
+
+class Notifier:
+    """Tells systemd how the daemon is doing, where it wants to know (sd_notify(3)).
+
+    It also has systemd keep descriptors, so that they outlive a crash
+    (sd_pid_notify_with_fds(3)).
+    """
+
+    #: Seconds that a service manager may take for a message.
+    PATIENCE = 1.0
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
+        address = environment.get("NOTIFY_SOCKET", "")
+        #: Whether there is a service manager that listens.
+        self.is_wanted = address[:1] in {"/", "@"}
+        self._address = "\0" + address[1:] if address[:1] == "@" else address
+        #: Seconds between signs of life, as often as sd_watchdog_enabled(3) advises.
+        self.watchdog_interval = NEVER
+        self._status = ""
+        microseconds = environment.get("WATCHDOG_USEC", "")
+        watched_pid = environment.get("WATCHDOG_PID", str(os.getpid()))
+        if microseconds.isdigit() and watched_pid == str(os.getpid()):
+            self.watchdog_interval = int(microseconds) / 2e6
+        if self.is_wanted:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.settimeout(self.PATIENCE)
+
+    def send(self, *assignments: str, fds: Sequence[int] = ()) -> None:
+        """Send lines like READY=1, and descriptors with them."""
+        if not self.is_wanted:
+            return
+        message = ["\n".join(assignments).encode()]
+        try:
+            socket.send_fds(self._socket, message, fds, 0, self._address)
+        except OSError:
+            pass  # it is gone or stuck: nothing that is done here depends on it
+
+    def send_status(self, status: str) -> None:
+        """Send what `systemctl status` is to show, if it has changed."""
+        if status != self._status:
+            self._status = status
+            self.send(f"STATUS={status}")
+
+    def store(self, name: str, fd: int) -> None:
+        """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
+        self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+
+    def discard(self, name: str) -> None:
+        """Have a descriptor kept no longer."""
+        self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
 # ---- The shutdown file ---------------------------------------------------------------
 
 
@@ -476,7 +572,6 @@ def remove_shutdown_file(path: str) -> str:
 
 # ---- The monitor of one instance -----------------------------------------------------
 
-NEVER = float("inf")
 #: Seconds between attempts to connect: the first, and the most.
 FIRST_DELAY = 0.001
 LONGEST_DELAY = 1.0
@@ -510,6 +605,14 @@ def socket_identity(path: str) -> int | None:
     return hash((status.st_dev, status.st_ino, status.st_mtime_ns))
 
 
+def connection_name(connection: socket.socket) -> str:
+    """Return the name under which a connection is kept: it holds its inode number.
+
+    The number stays with the socket in whichever process it is.
+    """
+    return f"connection-{os.fstat(connection.fileno()).st_ino}"
+
+
 class Phase(enum.Enum):
     """Where a monitor stands."""
 
@@ -529,12 +632,27 @@ class Phase(enum.Enum):
 
 
 class Reactor:
-    """What the monitors share: directory, log, selector, timers, descriptor limit."""
+    """What the monitors share: directory, log, selector, timers, descriptor limit.
 
-    def __init__(self, control_dir: str, log: Log, descriptor_limit: int) -> None:
+    Where a service manager keeps the state against a crash, what is read of a
+    connection is only looked at (MSG_PEEK) until the state that follows from it is
+    kept: a daemon that is killed in between leaves it to be read again.
+    """
+
+    def __init__(
+        self, control_dir: str, log: Log, notifier: Notifier, descriptor_limit: int
+    ) -> None:
         self.control_dir = control_dir
         self.log = log
+        self.notifier = notifier
         self.selector = selectors.DefaultSelector()
+        self.receive_flags = socket.MSG_PEEK if notifier.is_wanted else 0
+        #: Monitors that have looked at so many bytes without taking them out.
+        self.unconsumed: list[tuple[Monitor, int]] = []
+        #: Some monitor's state is not what was kept last.
+        self.changed = False
+        #: Has the state kept, and takes out what was looked at.
+        self.keep_state: Callable[[], None] = lambda: None
         self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
         self._timers: list[tuple[float, int, Monitor]] = []
         self._sequence = itertools.count()
@@ -613,6 +731,14 @@ class Monitor:
         """Tell whether nothing is lost when the monitor is dropped."""
         return self._socket is None and self._unwritten is None
 
+    def has_history(self) -> bool:
+        """Tell whether a monitor that begins anew would know less."""
+        return not self.is_idle() or self.state.ruling is not None
+
+    def descriptor(self) -> int | None:
+        """Return the connection's descriptor, if there is one."""
+        return None if self._socket is None else self._socket.fileno()
+
     def settle(self) -> None:
         """Wait until the socket has stood alone long enough, then connect."""
         self.identity = socket_identity(self.path)
@@ -653,11 +779,16 @@ class Monitor:
             connection.send(COMMANDS)
         except OSError:
             pass  # the peer has closed already, and its last words may wait to be read
+        self._adopt(connection)
+        self._reactor.notifier.store(connection_name(connection), connection.fileno())
+        self._enter(Phase.AWAITING_GREETING)
+        self._reactor.set_timer(self, PATIENCE)
+
+    def _adopt(self, connection: socket.socket) -> Protocol:
         self._socket = connection
         self._protocol = Protocol()
         self._reactor.selector.register(connection, selectors.EVENT_READ, self)
-        self._enter(Phase.AWAITING_GREETING)
-        self._reactor.set_timer(self, PATIENCE)
+        return self._protocol
 
     def _wait_for_listener(self, error: OSError) -> None:
         if error.errno == errno.ENOENT:
@@ -711,6 +842,7 @@ class Monitor:
         for _ in range(LAST_READS):
             if not self.receive():
                 break
+            self._reactor.keep_state()
         self._disconnect()
         self.due = None
 
@@ -719,11 +851,17 @@ class Monitor:
         if self._socket is None or self._protocol is None:
             return False
         try:
-            data = self._socket.recv(self._protocol.read_size)
+            data = self._socket.recv(
+                self._protocol.read_size, self._reactor.receive_flags
+            )
         except BlockingIOError:
             return False
         except OSError:
             data = b""  # what had arrived before the error was read before
+        if self._reactor.receive_flags:
+            # A line that goes on is left to the kernel.
+            data = data[: data.rfind(b"\n") + 1] or data
+            self._reactor.unconsumed.append((self, len(data)))
         if self._reactor.log.debugging:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
@@ -736,8 +874,14 @@ class Monitor:
             self._end()
         return bool(data)
 
+    def consume(self, count: int) -> None:
+        """Take out of the kernel's buffer what was only looked at before."""
+        if self._socket is not None and count:
+            self._socket.recv(count)
+
     def _take(self, message: Greeting | Status | Event) -> None:
         ruling, timestamp = None, None
+        self._reactor.changed = True
         if isinstance(message, Greeting):
             self._version = message.version
             self._enter(Phase.CONNECTED)
@@ -778,6 +922,7 @@ class Monitor:
 
     def _disconnect(self) -> None:
         if self._socket is not None:
+            self._reactor.notifier.discard(connection_name(self._socket))
             self._reactor.selector.unregister(self._socket)
             self._socket.close()
         self._socket = self._protocol = None
@@ -785,6 +930,7 @@ class Monitor:
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self.since = time.monotonic()
+        self._reactor.changed = True
 
     def _peer_pid(self) -> int:
         """Return QEMU's pid (SO_PEERCRED of unix(7))."""
@@ -819,6 +965,7 @@ class Monitor:
             self._reactor.set_timer(self, FILE_RETRY)
             return error
         self._unwritten = None
+        self._reactor.changed = True
         if ruling.verdict is Verdict.RUNNING and outcome == "none":
             return None
         event, after = "unknown", "unknown"
@@ -837,6 +984,51 @@ class Monitor:
     def _warn(self, text: str) -> None:
         self._reactor.log.warning(f"{self.instance}: {text}")
 
+    def export(self) -> dict[str, object]:
+        """Return what the next program has to know of this instance."""
+        unwritten = None
+        if self._unwritten is not None:
+            unwritten = [self._unwritten[0].export(), self._unwritten[1]]
+        return {
+            "instance": self.instance,
+            "suffix": self.suffix,
+            "identity": self.identity,
+            "connection": self._socket and connection_name(self._socket),
+            "phase": self.phase.value,
+            "since": self.since,
+            "qemu": self._version,
+            "guest": self.state.export(),
+            "protocol": self._protocol and self._protocol.export(),
+            "unwritten": unwritten,
+        }
+
+    @classmethod
+    def restore(
+        cls, record: dict[str, Any], connection: socket.socket | None, reactor: Reactor
+    ) -> Monitor:
+        """Return a monitor that goes on where the exported one stood.
+
+        Without its connection it connects anew, unless there is no more to be heard.
+        Raises KeyError, TypeError or ValueError for what was not exported.
+        """
+        monitor = cls(record["instance"], record["suffix"], reactor)
+        monitor.identity = record["identity"]
+        monitor.state.restore(record["guest"])
+        if record["unwritten"] is not None:
+            ruling, timestamp = record["unwritten"]
+            monitor._unwritten = (Ruling.restore(ruling), timestamp)
+        delay = FIRST_DELAY
+        if connection is not None:
+            monitor._adopt(connection).restore(record["protocol"])
+            monitor._version = record["qemu"]
+            monitor.phase = Phase(record["phase"])
+            monitor.since = record["since"]
+            delay = PATIENCE if monitor._unwritten is None else FILE_RETRY
+        elif monitor.state.ruling is not None:
+            monitor.phase = Phase.ENDED
+        reactor.set_timer(monitor, delay)
+        return monitor
+
     def describe(self) -> str:
         """Return the monitor's line of the status table."""
         if self._socket is None:
@@ -854,44 +1046,98 @@ class Monitor:
         return "{}{}: {}".format(self.instance, self.suffix, ", ".join(words))
 
 
-# ---- The service manager's ear -------------------------------------------------------
+# ---- The state across a restart ------------------------------------------------------
+
+#: The state is a memory file, sealed: one JSON object with the members `version`,
+#: `serial` (the newest of several files counts), `pid`, `pid_file` (its descriptor, for
+#: the same process after exec), and `monitors`, a list of what `Monitor.export` makes.
+STATE_VERSION = 1
+STATE_NAME = "kvmd-state"
 
 
-class Notifier:
-    """Tells systemd how the daemon is doing (sd_notify(3)), where it wants to know."""
+def write_state_file(state: dict[str, object]) -> int:
+    """Return the descriptor of a sealed memory file with the state. Raises OSError."""
+    import json
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
-        address = environment.get("NOTIFY_SOCKET", "")
-        self._socket: socket.socket | None = None
-        #: Seconds between signs of life, as often as sd_watchdog_enabled(3) advises.
-        self.watchdog_interval = NEVER
-        self._status = ""
-        if address[:1] not in {"/", "@"}:
-            return
-        self._socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-        )
-        self._address = address.replace("@", "\0", 1) if address[0] == "@" else address
-        microseconds = environment.get("WATCHDOG_USEC", "")
-        watched_pid = environment.get("WATCHDOG_PID", str(os.getpid()))
-        if microseconds.isdigit() and watched_pid == str(os.getpid()):
-            self.watchdog_interval = int(microseconds) / 2e6
+    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "w", encoding="ascii", closefd=False) as file:
+        json.dump(state, file)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
+    return fd
 
-    def send(self, *assignments: str) -> None:
-        """Send lines like READY=1; nobody is to wait for a service manager."""
-        if self._socket is None:
-            return
+
+def read_state_file(fd: int) -> dict[str, Any]:
+    """Return the state in a memory file. Raises OSError, ValueError."""
+    import json
+
+    state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        raise ValueError(f"not of version {STATE_VERSION}")
+    return state
+
+
+class Inheritance:
+    """What an earlier daemon has left open for this one: connections and its state.
+
+    They come through exec(2), or from systemd's descriptor store; what they are is
+    told by /proc/self/fd alone.
+    """
+
+    def __init__(self) -> None:
+        """Find them, and close all else that was left open but 0 to 2."""
+        #: Connections by their name (`connection_name`).
+        self.connections: dict[str, int] = {}
+        #: The newest state, {} if there is none.
+        self.state: dict[str, Any] = {}
+        #: Why a state could not be read.
+        self.problem: Exception | None = None
+        others = []
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            try:
+                target = os.readlink(f"/proc/self/fd/{fd}")
+            except FileNotFoundError:
+                continue  # it was the listing's own
+            if target.startswith("socket:["):
+                self.connections[f"connection-{target[8:-1]}"] = fd
+            elif target.startswith(f"/memfd:{STATE_NAME}"):
+                self._read_state(fd)
+                others.append(fd)
+            else:
+                others.append(fd)
+        for fd in others:
+            if fd > 2 and fd != self.pid_file:
+                os.close(fd)
+
+    def _read_state(self, fd: int) -> None:
         try:
-            self._socket.sendto("\n".join(assignments).encode(), self._address)
-        except OSError:
-            pass  # it is gone or busy; nothing here depends on it
+            state = read_state_file(fd)
+            if state["serial"] > self.state.get("serial", -1):
+                self.state = state
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.problem = error
 
-    def send_status(self, status: str) -> None:
-        """Send what `systemctl status` is to show, if it has changed."""
-        if status != self._status:
-            self._status = status
-            self.send(f"STATUS={status}")
+    @property
+    def pid_file(self) -> int | None:
+        """The locked pid file, if this process itself was the earlier daemon."""
+        same_process = self.state.get("pid") == os.getpid()
+        return self.state.get("pid_file") if same_process else None
+
+    def take(self, name: str | None) -> socket.socket | None:
+        """Return a connection by its name, once. Raises OSError."""
+        if name not in self.connections:
+            return None
+        connection = socket.socket(fileno=self.connections.pop(name))
+        connection.setblocking(False)
+        connection.set_inheritable(False)
+        return connection
+
+    def close_rest(self) -> None:
+        """Close the connections that nobody has taken."""
+        for fd in self.connections.values():
+            if fd > 2:
+                os.close(fd)
+        self.connections.clear()
 
 
 # ---- The daemon ----------------------------------------------------------------------
@@ -932,43 +1178,75 @@ class Daemon:
         reactor: Reactor,
         suffixes: tuple[str, ...],
         rescan_interval: float,
-        notifier: Notifier,
+        command: list[str],
     ) -> None:
-        """Prepare; rescan_interval is in seconds, 0 for never."""
+        """Prepare; rescan_interval is in seconds, 0 for never.
+
+        The command is what starts this program anew.
+        """
         self._monitors: dict[str, Monitor] = {}
         self._reactor = reactor
         self._log = reactor.log
         self._suffixes = suffixes
         self._rescan_interval = rescan_interval or NEVER
         self._next_rescan = NEVER
-        self._notifier = notifier
+        self._notifier = reactor.notifier
         self._next_sign_of_life = NEVER
         self._watch: DirectoryWatch | None = None
         self._too_long: set[str] = set()
         self._started = time.monotonic()
-        self._stopping = False
+        self._command = command
+        self._trial: int | None = None
+        self.stopping = False
+        #: The program is to be replaced by the one now installed.
+        self.restarting = False
+        self._serial = 0
+        reactor.keep_state = self._keep_state
         self._actions = {
             signal.SIGTERM: self.stop,
             signal.SIGINT: self.stop,
             signal.SIGHUP: self.reopen_log,
             signal.SIGUSR1: self.log_status,
+            signal.SIGUSR2: self.try_new_program,
+            signal.SIGCHLD: self._end_trial,
         }
 
-    def start(self) -> None:
-        """Set the watch, and connect to the instances that are there."""
+    def start(self, inheritance: Inheritance) -> None:
+        """Set the watch, take over what was left, connect to all other instances."""
         self._signals = catch_signals(list(self._actions))
         self._reactor.selector.register(
             self._signals, selectors.EVENT_READ, self._on_signals
         )
+        self._take_over(inheritance)
         self.rescan()
+        self._keep_state()
+
+    def _take_over(self, inheritance: Inheritance) -> None:
+        """Go on where an earlier daemon ended."""
+        problem = inheritance.problem
+        records = inheritance.state.get("monitors", [])
+        try:
+            for record in records:
+                connection = inheritance.take(record["connection"])
+                monitor = Monitor.restore(record, connection, self._reactor)
+                self._monitors[monitor.instance] = monitor
+        except (KeyError, TypeError, ValueError) as error:
+            problem = error
+        if problem is not None:
+            self._log.warning(
+                f"the state of an earlier daemon can't be read ({problem!r});"
+                " connecting anew"
+            )
+        elif records:
+            self._log.info(f"taking over {len(records)} instances")
+        inheritance.close_rest()
 
     def run(self) -> None:
-        """Do the work until a signal ends it."""
+        """Do the work until a signal ends it, or asks for another program."""
         self._notifier.send("READY=1")
         self._give_sign_of_life()
-        while not self._stopping:
+        while not (self.stopping or self.restarting):
             self._turn()
-        self._notifier.send("STOPPING=1")
 
     def _turn(self) -> None:
         """Wait, then serve all that is ready, one read each; the monitors come first.
@@ -990,7 +1268,41 @@ class Daemon:
             self.rescan()
         if time.monotonic() >= self._next_sign_of_life:
             self._give_sign_of_life()
+        self._keep_state()
         self._notifier.send_status(f"{len(self._monitors)} instances watched")
+
+    def _keep_state(self) -> None:
+        """Have the service manager keep the state; then take out what was read."""
+        if self._reactor.changed and self._notifier.is_wanted:
+            state = write_state_file(self.export())
+            serial = time.monotonic_ns()
+            self._notifier.store(f"state-{serial}", state)
+            os.close(state)
+            self._notifier.discard(f"state-{self._serial}")
+            self._serial = serial
+        self._reactor.changed = False
+        for monitor, count in self._reactor.unconsumed:
+            monitor.consume(count)
+        self._reactor.unconsumed.clear()
+
+    def export(self, pid_file: int | None = None) -> dict[str, object]:
+        """Return the state for a state file."""
+        return {
+            "version": STATE_VERSION,
+            "serial": time.monotonic_ns(),
+            "pid": os.getpid(),
+            "pid_file": pid_file,
+            "monitors": [
+                monitor.export()
+                for monitor in self._monitors.values()
+                if monitor.has_history()
+            ],
+        }
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of all connections."""
+        found = [monitor.descriptor() for monitor in self._monitors.values()]
+        return [fd for fd in found if fd is not None]
 
     def _give_sign_of_life(self) -> None:
         self._notifier.send("WATCHDOG=1")
@@ -1178,9 +1490,63 @@ class Daemon:
         for number in set(os.read(self._signals, 4096)):
             self._actions[signal.Signals(number)]()
 
+    def try_new_program(self) -> None:
+        """See whether the program now installed runs; if so, it takes over."""
+        if self._trial is not None:
+            os.kill(self._trial, signal.SIGKILL)
+            os.waitpid(self._trial, 0)
+        quietly = [
+            (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)
+        ]
+        command = [*self._command, "--version"]
+        try:
+            self._trial = os.posix_spawn(
+                command[0], command, os.environ, file_actions=quietly
+            )
+        except OSError as error:
+            self._log.error(f"not restarting: {command[0]}: {error.strerror}")
+
+    def _end_trial(self) -> None:
+        if self._trial is None:
+            return
+        pid, status = os.waitpid(self._trial, os.WNOHANG)
+        if pid == 0:
+            return
+        self._trial = None
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            self.restarting = True
+            return
+        self._log.error(
+            f"not restarting: {' '.join(self._command)} --version failed with status"
+            f" {code}; going on with version {VERSION}"
+        )
+
+    def become_new_program(self, pid_file: int) -> None:
+        """Replace this program in place; return only if that fails.
+
+        The connections, the locked pid file and the state go along. Signals wait.
+        """
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        self.restarting = False
+        state = None
+        try:
+            state = write_state_file(self.export(pid_file))
+            for fd in [state, pid_file, *self.descriptors()]:
+                os.set_inheritable(fd, True)
+            self._log.info("restarting in place")
+            os.execv(self._command[0], self._command)
+        except OSError as error:
+            self._log.error(f"cannot restart in place: {error}; going on")
+        if state is not None:
+            os.close(state)
+        for fd in [pid_file, *self.descriptors()]:
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
     def stop(self) -> None:
         """End the loop when what was ready is done."""
-        self._stopping = True
+        self.stopping = True
 
     def reopen_log(self) -> None:
         """Open the log file anew, for logrotate."""
@@ -1319,7 +1685,10 @@ def names_of_node() -> list[str]:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the options, all paths absolute; exit with status 2 on wrong usage."""
+    """Return the options, all paths absolute; exit with status 2 on wrong usage.
+
+    `command` among them is what starts the program anew, from any directory.
+    """
     import argparse
 
     root = os.environ.get("GANETI_ROOTDIR", "")
@@ -1392,7 +1761,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         action="version",
         version=f"{DAEMON_NAME} (kvmd) version {VERSION}",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.command = own_command() + [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in vars(options).items()
+        if value != parser.get_default(name)
+    ]
+    return options
+
+
+def own_command() -> list[str]:
+    """Return the command that starts this program anew, without options."""
+    script = os.path.abspath(sys.argv[0])
+    if os.path.basename(script) == DAEMON_NAME:
+        return [script]  # the process keeps its name all the time
+    flags = ["-I"] * sys.flags.isolated + ["-S"] * sys.flags.no_site
+    return [sys.executable, *flags, script]
 
 
 def interval(text: str) -> float:
@@ -1420,17 +1804,21 @@ class PidFile:
 
     ATTEMPTS = 10
 
-    def __init__(self, path: str) -> None:
-        """Lock the file and write the pid. Raises StartError."""
+    def __init__(self, path: str, locked: int | None = None) -> None:
+        """Lock the file, if it is not locked already, and write the pid.
+
+        Raises StartError.
+        """
         self.path = path
         try:
-            self._fd = self._lock()
+            self.fd = self._lock() if locked is None else locked
+            os.set_inheritable(self.fd, False)
             if os.geteuid() == 0:
                 # start-stop-daemon acts on no pid file that others than root may write.
-                os.fchown(self._fd, 0, 0)
-            os.fchmod(self._fd, 0o600)
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, f"{os.getpid()}\n".encode())
+                os.fchown(self.fd, 0, 0)
+            os.fchmod(self.fd, 0o600)
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
             raise StartError(f"cannot write the pid file {path}: {error}") from error
 
@@ -1462,18 +1850,12 @@ class PidFile:
 
     def remove(self) -> None:
         """Remove the file, unless another one stands there. Raises OSError."""
-        if self._is_at_path(self._fd):
+        if self._is_at_path(self.fd):
             os.unlink(self.path)
 
 
 def sanitize_process() -> None:
     """Make the process independent of who started it."""
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # it was the listing's own
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
@@ -1578,28 +1960,34 @@ def open_log(options: argparse.Namespace) -> Log:
     return log
 
 
-def serve(options: argparse.Namespace, log: Log) -> int:
+def serve(options: argparse.Namespace, log: Log, inheritance: Inheritance) -> int:
     """Run the daemon; return the exit status."""
-    report = (lambda _problem: None) if options.foreground else detach()
+    detached = options.foreground or inheritance.pid_file is not None
+    report = (lambda _problem: None) if detached else detach()
     try:
-        pid_file = PidFile(options.pid_file)
+        pid_file = PidFile(options.pid_file, inheritance.pid_file)
     except StartError as error:
         log.error(str(error))
         report(str(error))
         return 1
     try:
-        reactor = Reactor(options.control_dir, log, raise_descriptor_limit())
+        limit = raise_descriptor_limit()
+        notifier = Notifier(os.environ)
         daemon = Daemon(
-            reactor,
+            Reactor(options.control_dir, log, notifier, limit),
             SUFFIXES[options.socket_suffix],
             options.rescan_interval,
-            Notifier(os.environ),
+            options.command,
         )
-        log.info(f"kvmd {VERSION} started, for {options.control_dir}")
-        daemon.start()
+        daemon.start(inheritance)
+        log.info(f"started kvmd {VERSION} for {options.control_dir}")
         report("")
         gc.freeze()
         daemon.run()
+        while daemon.restarting and not daemon.stopping:
+            daemon.become_new_program(pid_file.fd)
+            daemon.run()
+        notifier.send("STOPPING=1")
         log.info("stopped")
     finally:
         pid_file.remove()
@@ -1608,6 +1996,7 @@ def serve(options: argparse.Namespace, log: Log) -> int:
 
 def main() -> int:
     """Run the command; return the exit status: 0, or 1 if it could not start."""
+    inheritance = Inheritance()
     options = parse_arguments(sys.argv[1:])
     sanitize_process()
     log = open_log(options)
@@ -1617,13 +2006,15 @@ def main() -> int:
     except OSError as error:
         problem = f"cannot open the log file: {error}"
     if not options.no_cluster_checks and not is_wanted(options, log):
+        if inheritance.pid_file is not None:
+            PidFile(options.pid_file, inheritance.pid_file).remove()
         return 0
     if not options.no_user_checks and os.geteuid() != 0:
         problem = "must run as root (or with --no-user-checks, for trials)"
-    if problem:
+    if problem and inheritance.pid_file is None:
         write_line(2, f"{DAEMON_NAME}: {problem}")
         return 1
-    return serve(options, log)
+    return serve(options, log, inheritance)
 
 
 if __name__ == "__main__":

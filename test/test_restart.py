@@ -1,0 +1,145 @@
+"""SIGUSR2: the program is replaced in place, and no event is lost by it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemon import INSTANCE, ROOT, Daemon
+from deadline import wait_until
+from fake_qemu import FakeQemu, event_line
+
+
+@pytest.fixture
+def installed(control_dir: Path) -> Path:
+    """Return a copy of the program that a test may replace."""
+    directory = control_dir.parent / "installed"
+    directory.mkdir()
+    for module in ("kvmd.py", "kvmd_inotify.py"):
+        shutil.copy(ROOT / module, directory)
+    return directory / "kvmd.py"
+
+
+@pytest.fixture
+def daemon(control_dir: Path, installed: Path) -> Iterator[Daemon]:
+    """Return a daemon that runs the copy."""
+    with Daemon(control_dir, program=installed) as daemon:
+        yield daemon
+        daemon.stop()
+
+
+@pytest.fixture
+def qemu(daemon: Daemon, fake_qemu: FakeQemu) -> FakeQemu:
+    """Return a fake QEMU that the daemon is connected to."""
+    fake_qemu.listen()
+    fake_qemu.negotiate()
+    daemon.wait_until_connected(INSTANCE)
+    return fake_qemu
+
+
+def replace(installed: Path, old: str, new: str) -> None:
+    """Install another version of the program."""
+    text = installed.read_text()
+    assert old in text
+    installed.write_text(text.replace(old, new))
+
+
+def restart(daemon: Daemon) -> None:
+    """Have the daemon restart in place, and wait until the new program works."""
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log(r" INFO restarting in place\n(.*\n)*?.* INFO started kvmd")
+
+
+def cause_of_verdict(daemon: Daemon, qemu: FakeQemu) -> str:
+    """End the guest as its user would, return verdict and cause."""
+    qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    return daemon.wait_for_verdict(qemu.name).split(": ")[1].split(" event=")[0]
+
+
+def test_the_new_program_keeps_pid_lock_and_connection(
+    daemon: Daemon, qemu: FakeQemu, installed: Path
+) -> None:
+    replace(installed, 'VERSION = "', 'VERSION = "2')
+    restart(daemon)
+    daemon.wait_for_log(rf"pid={daemon.pid} INFO started kvmd 2")
+    assert daemon.pid_file.read_text() == f"{daemon.pid}\n"
+    with pytest.raises(ChildProcessError, match=f"with pid {daemon.pid}"):
+        Daemon(daemon.control_dir).start()
+    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
+    assert daemon.log.count(f"{INSTANCE}: connected ") == 1
+
+
+def test_a_powerdown_from_before_counts_after_the_restart(
+    daemon: Daemon, qemu: FakeQemu
+) -> None:
+    qemu.event("POWERDOWN")
+    daemon.wait_for_log("POWERDOWN")
+    restart(daemon)
+    assert cause_of_verdict(daemon, qemu) == (
+        "verdict=not-user cause=guest-shutdown,powerdown-requested"
+    )
+
+
+def test_a_line_that_was_read_in_part_is_completed_after_the_restart(
+    daemon: Daemon, qemu: FakeQemu
+) -> None:
+    line = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
+    qemu.send(line[:70])
+    daemon.wait_for_log("microseconds")
+    restart(daemon)
+    qemu.send(line[70:])
+    assert "verdict=user" in daemon.wait_for_verdict(INSTANCE)
+
+
+def test_a_shutdown_in_the_midst_of_a_restart_is_judged(
+    daemon: Daemon, qemu: FakeQemu
+) -> None:
+    daemon.send_signal(signal.SIGUSR2)
+    qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    qemu.exit()
+    wait_until(qemu.shutdown_file.exists, "the shutdown file")
+    daemon.wait_for_log("started kvmd", 2)
+    assert qemu.shutdown_file.exists()
+
+
+def test_a_verdict_from_before_stands(daemon: Daemon, qemu: FakeQemu) -> None:
+    cause_of_verdict(daemon, qemu)
+    restart(daemon)
+    qemu.shutdown_file.unlink()  # as Ganeti does when it has taken note
+    qemu.event("SHUTDOWN", guest=False, reason="host-signal")
+    qemu.exit()
+    daemon.send_signal(signal.SIGUSR1)
+    daemon.wait_for_log("status: .* 0 instances")
+    assert daemon.log.count(" verdict=") == 1
+
+
+def test_a_program_that_does_not_run_replaces_nothing(
+    daemon: Daemon, qemu: FakeQemu, installed: Path
+) -> None:
+    replace(installed, "import time\n", "import time_of_day\n")
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log("ERROR not restarting: .*kvmd.py.* failed with status 1")
+    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
+
+
+def test_a_missing_program_replaces_nothing(
+    daemon: Daemon, qemu: FakeQemu, installed: Path
+) -> None:
+    installed.unlink()
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log("ERROR not restarting: .*kvmd.py")
+    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
+
+
+def test_a_state_of_another_form_is_dropped_with_a_warning(
+    daemon: Daemon, qemu: FakeQemu, installed: Path
+) -> None:
+    replace(installed, "STATE_VERSION = 1", "STATE_VERSION = 2")
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log("WARNING the state of an earlier daemon can't be read")
+    qemu.wait_until_client_leaves()
+    qemu.negotiate()
+    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
