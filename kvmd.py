@@ -15,6 +15,7 @@ one that stands below it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import errno
 import fcntl
@@ -29,6 +30,7 @@ import selectors
 import signal
 import socket
 import stat
+import struct
 import sys
 import time
 
@@ -1441,7 +1443,10 @@ class Daemon:
 
     def _drop_name(self, instance: str, name: str) -> None:
         monitor = self._monitors.get(instance)
-        if monitor is not None and name == instance + monitor.suffix:
+        if monitor is None or name != instance + monitor.suffix:
+            return
+        # The event may be an old one, of a socket before the one now monitored.
+        if socket_identity(monitor.path) != monitor.identity:
             monitor.on_removed()
             if monitor.is_idle():
                 self._forget(monitor)
@@ -1575,31 +1580,31 @@ class Daemon:
             self._log.info(f"status: {monitor.describe()}")
 
 
-# ---- The service: settings -----------------------------------------------------------
+# ---- The service: the cluster's settings ---------------------------------------------
 
 
-class Setting(enum.Enum):
-    """What one of the cluster's settings means for this daemon."""
+class Level(enum.Enum):
+    """What a finding means for the detection of shutdowns on this node."""
 
-    FINE = "ok"
-    DOUBTFUL = "warn"
-    #: The daemon is not wanted here.
-    FORBIDDING = "no"
-    #: It can't be told what the setting is.
-    BROKEN = "broken"
+    OK = "ok"
+    WARN = "warn"
+    #: Nothing is detected; as a cluster's setting: nothing is to be detected.
+    FAIL = "FAIL"
+    #: Nor can it be told what the setting is.
+    BROKEN = "BROKEN"
 
 
-#: A judged setting and one line for the administrator, with the remedy.
-Finding = collections.namedtuple("Finding", "setting text")
+#: A judged setting or fact, and one line for the administrator, with the remedy.
+Finding = collections.namedtuple("Finding", "level text")
 
 
 def judge_hypervisors(text: str) -> Finding:
     """Judge ssconf_hypervisor_list: a hypervisor's name per line."""
     names = text.split()
     if "kvm" in names:
-        return Finding(Setting.FINE, f"enabled hypervisors: {', '.join(names)}")
+        return Finding(Level.OK, f"enabled hypervisors: {', '.join(names)}")
     return Finding(
-        Setting.FORBIDDING,
+        Level.FAIL,
         f"kvm is not among the enabled hypervisors ({', '.join(names)}); to enable it:"
         " gnt-cluster modify --enabled-hypervisors=...,kvm",
     )
@@ -1609,14 +1614,14 @@ def judge_user_shutdown(text: str) -> Finding:
     """Judge ssconf_enabled_user_shutdown: True or False."""
     value = text.strip()
     if value == "True":
-        return Finding(Setting.FINE, "user shutdown is enabled (True)")
+        return Finding(Level.OK, "user shutdown is enabled (True)")
     if value == "False":
         return Finding(
-            Setting.FORBIDDING,
+            Level.FAIL,
             "user shutdown is not enabled (False); to enable it:"
             " gnt-cluster modify --user-shutdown=yes",
         )
-    return Finding(Setting.BROKEN, f"neither True nor False: {text[:80]!r}")
+    return Finding(Level.BROKEN, f"neither True nor False: {text[:80]!r}")
 
 
 def judge_vm_capable(text: str, node_names: list[str]) -> Finding:
@@ -1625,22 +1630,22 @@ def judge_vm_capable(text: str, node_names: list[str]) -> Finding:
     for line in text.splitlines():
         node, _, value = line.strip().partition("=")
         if value not in {"True", "False"}:
-            return Finding(Setting.BROKEN, f"no line like node=True: {line[:80]!r}")
+            return Finding(Level.BROKEN, f"no line like node=True: {line[:80]!r}")
         capable[node] = value == "True"
     listed = [node for node in node_names if node in capable]
     if not listed:
         return Finding(
-            Setting.DOUBTFUL,
+            Level.WARN,
             f"node {' or '.join(node_names)} is not listed; taking it for vm_capable"
             " (compare with: gnt-node list)",
         )
     if not capable[listed[0]]:
         return Finding(
-            Setting.FORBIDDING,
+            Level.FAIL,
             f"node {listed[0]} is not vm_capable (False); to make it so:"
             f" gnt-node modify --vm-capable=yes {listed[0]}",
         )
-    return Finding(Setting.FINE, f"node {listed[0]} is vm_capable (True)")
+    return Finding(Level.OK, f"node {listed[0]} is vm_capable (True)")
 
 
 def read_ssconf(path: str) -> str:
@@ -1662,16 +1667,16 @@ def judge_cluster(ssconf_dir: str, node_names: list[str]) -> Iterator[Finding]:
             finding = judge(read_ssconf(path))
         except FileNotFoundError:
             finding = Finding(
-                Setting.FORBIDDING,
+                Level.FAIL,
                 "does not exist: this node is in no Ganeti cluster (gnt-cluster init,"
                 " gnt-node add)",
             )
         except (OSError, ValueError) as error:
-            finding = Finding(Setting.BROKEN, f"cannot be read: {error}")
-        if finding.setting is Setting.BROKEN:
+            finding = Finding(Level.BROKEN, f"cannot be read: {error}")
+        if finding.level is Level.BROKEN:
             text = f"{finding.text}; to write it anew: gnt-cluster redist-conf"
-            finding = Finding(Setting.BROKEN, text)
-        yield Finding(finding.setting, f"{path}: {finding.text}")
+            finding = Finding(Level.BROKEN, text)
+        yield Finding(finding.level, f"{path}: {finding.text}")
 
 
 def names_of_node() -> list[str]:
@@ -1754,6 +1759,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=15.0,
         help="how often to look for sockets that no event told of, 0 for never"
         " (default: %(default)g)",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="say what prevents detection on this node, then exit",
     )
     add(
         "-V",
@@ -1923,18 +1933,262 @@ def syslog_sink() -> Callable[[str, str], None]:
     return send
 
 
+# ---- The service: --check ------------------------------------------------------------
+
+#: From linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h: what asks for the peer of
+#: every UNIX socket, as sock_diag(7) has it.
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLM_F_REQUEST_DUMP = 0x301
+UDIAG_SHOW_PEER = 4
+UNIX_DIAG_PEER = 2
+NETLINK_HEADER = struct.Struct("=IHHII")
+DIAG_REQUEST = struct.Struct("=BBHIIIQ")
+DIAG_ANSWER = struct.Struct("=BBBBIQ")
+ATTRIBUTE_HEADER = struct.Struct("=HH")
+
+#: Of a socket in /proc/net/unix: it listens; it is connected.
+SO_ACCEPTCON = 0x10000
+SS_CONNECTED = 3
+
+
+def read_peers() -> dict[int, int]:
+    """Return the inode number of each UNIX socket's peer. Raises OSError."""
+    request = DIAG_REQUEST.pack(
+        socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, UDIAG_SHOW_PEER, 2**64 - 1
+    )
+    header = NETLINK_HEADER.pack(
+        NETLINK_HEADER.size + len(request),
+        *(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 0, 0),
+    )
+    peers: dict[int, int] = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as diag:
+        diag.settimeout(PATIENCE)
+        diag.send(header + request)
+        while parse_peers(diag.recv(READ_SIZE), peers):
+            pass
+    return peers
+
+
+def parse_peers(answers: bytes, peers: dict[int, int]) -> bool:
+    """Add what one datagram of sock_diag(7) tells; return whether more is to come."""
+    offset = 0
+    while offset < len(answers):
+        length, kind, *_ = NETLINK_HEADER.unpack_from(answers, offset)
+        if kind != SOCK_DIAG_BY_FAMILY:
+            return False  # NLMSG_DONE, or NLMSG_ERROR
+        body = offset + NETLINK_HEADER.size
+        inode = DIAG_ANSWER.unpack_from(answers, body)[4]
+        attribute = body + DIAG_ANSWER.size
+        while attribute < offset + length:
+            size, what = ATTRIBUTE_HEADER.unpack_from(answers, attribute)
+            if what == UNIX_DIAG_PEER:
+                value = answers[attribute + ATTRIBUTE_HEADER.size : attribute + size]
+                peers[inode] = int.from_bytes(value, sys.byteorder)
+            attribute += (size + 3) & ~3
+        offset += (length + 3) & ~3
+    return True
+
+
+def read_holders(inodes: set[int]) -> dict[int, str]:
+    """Return which process has each of the sockets open, as far as one may see."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    holders = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/comm", encoding="utf-8") as comm:
+                name = comm.read().strip()
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{fd}"))
+                if inode is not None:
+                    holders[inode] = f"{name}, pid {pid}"
+        except OSError:
+            continue  # it is somebody else's, or gone
+    return holders
+
+
+def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
+    """Return the (flags, state, inode number) of the sockets of each path there.
+
+    From /proc/net/unix, which has a line for the listener and for every connection.
+    """
+    sockets: dict[str, list[tuple[int, int, int]]] = {}
+    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
+        next(table)
+        for line in table:
+            _, _, _, flags, _, state, inode, *path = line.rstrip("\n").split(None, 7)
+            directory, name = os.path.split("".join(path))
+            if name and os.path.realpath(directory) == os.path.realpath(control_dir):
+                entry = (int(flags, 16), int(state, 16), int(inode))
+                sockets.setdefault(name, []).append(entry)
+    return sockets
+
+
+def check_instances(control_dir: str) -> Iterator[Finding]:
+    """Judge each instance's monitor socket, without connecting to it."""
+    sockets = read_sockets(control_dir)
+    try:
+        peers = read_peers()
+    except OSError:
+        peers = {}
+    clients = {
+        name: [
+            peers.get(inode, 0)
+            for flags, state, inode in entries
+            if state == SS_CONNECTED and not flags & SO_ACCEPTCON
+        ]
+        for name, entries in sockets.items()
+    }
+    holders = read_holders({inode for found in clients.values() for inode in found})
+    for name in sorted(os.listdir(control_dir)):
+        instance, suffix = os.path.splitext(name)
+        if suffix not in SUFFIXES["auto"] or not instance:
+            continue
+        path = os.path.join(control_dir, name)
+        if not socket_identity(path):
+            yield Finding(Level.WARN, f"{path}: no socket; it is ignored")
+        elif not any(flags & SO_ACCEPTCON for flags, _, _ in sockets.get(name, [])):
+            yield Finding(
+                Level.WARN,
+                f"{path}: dead, nobody listens; if the instance does run, restart it"
+                f" (gnt-instance reboot {instance})",
+            )
+        elif not clients[name]:
+            yield Finding(Level.OK, f"{path}: listening, nobody connected")
+        else:
+            who = [holders.get(inode, "unknown process") for inode in clients[name]]
+            yield Finding(Level.OK, f"{path}: connected by {'; '.join(who)}")
+
+
+def check_directory(control_dir: str) -> Finding:
+    """Judge whether the control directory can be read."""
+    try:
+        os.listdir(control_dir)
+    except FileNotFoundError:
+        return Finding(
+            Level.WARN,
+            f"{control_dir}: not there yet; Ganeti makes it at its first KVM operation",
+        )
+    except OSError as error:
+        return Finding(Level.FAIL, f"{control_dir}: {error.strerror}; run this as root")
+    return Finding(Level.OK, f"{control_dir}: the control directory is there")
+
+
+def check_inotify(control_dir: str) -> Finding:
+    """Judge inotify's limits by using one more instance and its watches."""
+    limits = []
+    for name in ("max_user_instances", "max_user_watches"):
+        with open(f"/proc/sys/fs/inotify/{name}", encoding="ascii") as file:
+            limits.append(f"fs.inotify.{name} = {file.read().strip()}")
+    try:
+        with contextlib.closing(DirectoryWatch(control_dir)) as watch:
+            watch.follow()
+    except OSError as error:
+        return Finding(
+            Level.WARN,
+            f"inotify: {error.strerror}; new instances are looked for every second"
+            f" only; raise with sysctl -w what is used up ({', '.join(limits)})",
+        )
+    return Finding(Level.OK, f"inotify works ({', '.join(limits)})")
+
+
+def lock_holder(path: str) -> int | None:
+    """Return the pid that holds a record lock on the file (/proc/locks), if any.
+
+    The file is not opened, so the lock can't be disturbed. Raises OSError.
+    """
+    status = os.stat(path)
+    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
+    wanted = f"{major:02x}:{minor:02x}:{status.st_ino}"
+    with open("/proc/locks", encoding="ascii") as locks:
+        for _, kind, _, _, pid, inode, *_ in map(str.split, locks):
+            if kind == "POSIX" and inode == wanted:
+                return int(pid)
+    return None
+
+
+def check_daemon(pid_file: str) -> Finding:
+    """Judge whether a daemon runs, and which."""
+    try:
+        pid = lock_holder(pid_file)
+    except OSError:
+        pid = None
+    if pid is None:
+        return Finding(
+            Level.FAIL,
+            f"no daemon runs (nobody has {pid_file} locked); start it with"
+            " /usr/lib/ganeti/daemon-util start ganeti-kvmd",
+        )
+    try:
+        with open(f"/proc/{pid}/limits", encoding="ascii") as limits:
+            words = next(line for line in limits if line.startswith("Max open files"))
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            command = file.read().replace("\0", " ").strip()
+    except OSError as error:
+        return Finding(Level.OK, f"a daemon runs, pid {pid} ({error.strerror})")
+    limit = words.split()[3]
+    if "python" not in command:
+        return Finding(
+            Level.WARN,
+            f"a daemon runs, pid {pid}, but it is Ganeti's own ({command}); to have this"
+            " one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
+        )
+    return Finding(Level.OK, f"a daemon runs, pid {pid}, with up to {limit} open files")
+
+
+def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
+    """Judge the hypervisor parameter user_shutdown, which instances may override."""
+    path = os.path.join(ssconf_dir, "ssconf_hvparams_kvm")
+    remedy = "gnt-cluster modify -H kvm:user_shutdown=true"
+    try:
+        lines = read_ssconf(path).splitlines()
+    except (OSError, ValueError) as error:
+        return Finding(Level.WARN, f"{path}: cannot be read: {error}")
+    if "user_shutdown=True" in lines:
+        return Finding(Level.OK, f"{path}: user_shutdown=True")
+    return Finding(
+        Level.WARN,
+        f"{path}: user_shutdown is not True; Ganeti restarts what users shut down,"
+        f" unless the instance says otherwise: {remedy}",
+    )
+
+
+def check_node(options: argparse.Namespace) -> Iterator[Finding]:
+    """Judge all that detection on this node hangs on."""
+    if not options.no_cluster_checks:
+        yield from judge_cluster(options.ssconf_dir, names_of_node())
+        yield check_user_shutdown_parameter(options.ssconf_dir)
+    yield check_daemon(options.pid_file)
+    yield check_inotify(options.control_dir)
+    directory = check_directory(options.control_dir)
+    yield directory
+    if directory.level is Level.OK:
+        yield from check_instances(options.control_dir)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print a line per finding; return 0 if detection works, else 1."""
+    works = True
+    for finding in check_node(options):
+        broken = finding.level in {Level.FAIL, Level.BROKEN}
+        works &= not broken
+        label = Level.FAIL.value if broken else finding.level.value
+        print(f"{label:5} {printable(finding.text)}")
+    return 0 if works else 1
+
+
 # ---- The service: start and end ------------------------------------------------------
 
 
 def is_wanted(options: argparse.Namespace, log: Log) -> bool:
     """Ask the cluster's settings; log the one that speaks against running."""
     for finding in judge_cluster(options.ssconf_dir, names_of_node()):
-        if finding.setting is Setting.DOUBTFUL:
+        if finding.level is Level.WARN:
             log.warning(finding.text)
-        elif finding.setting is Setting.FORBIDDING:
+        elif finding.level is Level.FAIL:
             log.info(f"not needed here: {finding.text}")
             return False
-        elif finding.setting is Setting.BROKEN:
+        elif finding.level is Level.BROKEN:
             log.error(f"not running: {finding.text}")
             return False
     return True
@@ -1996,8 +2250,10 @@ def serve(options: argparse.Namespace, log: Log, inheritance: Inheritance) -> in
 
 def main() -> int:
     """Run the command; return the exit status: 0, or 1 if it could not start."""
-    inheritance = Inheritance()
     options = parse_arguments(sys.argv[1:])
+    if options.check:
+        return check(options)
+    inheritance = Inheritance()
     sanitize_process()
     log = open_log(options)
     problem = None
