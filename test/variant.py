@@ -1,0 +1,20 @@
+"""The daemon with other constants, so that what takes it minutes takes a test none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from daemon import ROOT
+
+
+def program_with(directory: Path, patch: str) -> Path:
+    """Write a program into the directory: kvmd.py, patched by Python code; return it.
+
+    The code runs before the daemon starts, and names the module `kvmd`.
+    """
+    program = directory / "variant.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport kvmd\n"
+        f"{patch}\nsys.exit(kvmd.main())\n"
+    )
+    return program
