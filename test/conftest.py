@@ -1,0 +1,61 @@
+"""The fixtures of all tests: a control directory, the daemon, fake and real QEMUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from daemon import INSTANCE, Daemon, control_directory
+from fake_qemu import FakeQemu
+from qemu import PROGRAM, Qemu, is_installed
+
+StartQemu = Callable[..., Qemu]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs QEMU where it is missing, but not where it has to be there."""
+    if item.get_closest_marker("qemu") and not is_installed():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{PROGRAM} is not installed")
+        pytest.skip(f"{PROGRAM} is not installed")
+
+
+@pytest.fixture
+def control_dir() -> Iterator[Path]:
+    """Return an empty control directory with a short path."""
+    with control_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def daemon(control_dir: Path) -> Iterator[Daemon]:
+    """Return a daemon at work on `control_dir`, which has to stop cleanly."""
+    with Daemon(control_dir) as daemon:
+        yield daemon
+        daemon.stop()
+
+
+@pytest.fixture
+def fake_qemu(control_dir: Path) -> Iterator[FakeQemu]:
+    """Return a fake QEMU of INSTANCE that has no socket yet."""
+    with FakeQemu(control_dir, INSTANCE) as qemu:
+        yield qemu
+
+
+@pytest.fixture
+def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
+    """Return a function that starts a real QEMU of INSTANCE with further options."""
+    with ExitStack() as ending:
+
+        def start(*options: str) -> Qemu:
+            qemu = Qemu(control_dir, INSTANCE, *options)
+            return ending.enter_context(qemu)
+
+        yield start
