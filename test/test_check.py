@@ -1,0 +1,145 @@
+"""`--check`: what prevents detection on a node, told without disturbing anybody."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import kvmd
+import pytest
+from daemon import INSTANCE, ROOT, Daemon
+from fake_qemu import FakeQemu
+
+NODE = "node1.example.com"
+SETTINGS = {
+    "ssconf_hypervisor_list": "kvm\n",
+    "ssconf_enabled_user_shutdown": "True\n",
+    "ssconf_node_vm_capable": f"{NODE}=True\n",
+    "ssconf_hvparams_kvm": "acpi=True\nuser_shutdown=True\n",
+}
+
+
+@pytest.fixture
+def ssconf_dir(control_dir: Path) -> Path:
+    """Return a directory with the settings of a cluster where detection works."""
+    directory = control_dir.parent / "ssconf"
+    directory.mkdir()
+    for name, text in SETTINGS.items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def check(control_dir: Path, ssconf_dir: Path) -> tuple[int, list[str]]:
+    """Run `--check`; return its exit status and its lines."""
+    paths = {
+        "--control-dir": control_dir,
+        "--pid-file": control_dir.parent / "kvmd.pid",
+        "--ssconf-dir": ssconf_dir,
+    }
+    options = [f"{option}={path}" for option, path in paths.items()]
+    command = [sys.executable, str(ROOT / "kvmd.py"), "--check", *options]
+    result = subprocess.run(
+        command,
+        env={**os.environ, "GANETI_HOSTNAME": NODE},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert result.stderr == ""
+    return result.returncode, result.stdout.splitlines()
+
+
+def line_about(what: str, lines: list[str]) -> str:
+    """Return the only line that holds certain words."""
+    [line] = [line for line in lines if what in line]
+    return line
+
+
+def test_a_node_where_detection_works(
+    daemon: Daemon, fake_qemu: FakeQemu, control_dir: Path, ssconf_dir: Path
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.negotiate()
+    daemon.wait_until_connected(INSTANCE)
+    status, lines = check(control_dir, ssconf_dir)
+    assert status == 0
+    assert all(line.startswith("ok    ") for line in lines), lines
+    assert f"a daemon runs, pid {daemon.pid}," in line_about("daemon runs", lines)
+    about_socket = line_about(f"{INSTANCE}.kvmd", lines)
+    assert about_socket.endswith(f"connected by ganeti-kvmd, pid {daemon.pid}")
+
+
+def test_no_daemon_means_no_detection(control_dir: Path, ssconf_dir: Path) -> None:
+    (control_dir.parent / "kvmd.pid").write_text("1\n")
+    status, lines = check(control_dir, ssconf_dir)
+    assert status == 1
+    assert line_about("no daemon runs", lines).startswith("FAIL  ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("ssconf_hypervisor_list", "xen-pvm\n", "--enabled-hypervisors"),
+        ("ssconf_enabled_user_shutdown", "False\n", "--user-shutdown=yes"),
+        ("ssconf_node_vm_capable", f"{NODE}=False\n", f"--vm-capable=yes {NODE}"),
+        ("ssconf_enabled_user_shutdown", "maybe\n", "redist-conf"),
+    ],
+)
+def test_a_setting_that_forbids_detection_comes_with_its_remedy(
+    daemon: Daemon, control_dir: Path, ssconf_dir: Path, name: str, text: str, remedy: str
+) -> None:
+    (ssconf_dir / name).write_text(text)
+    status, lines = check(control_dir, ssconf_dir)
+    assert status == 1
+    line = line_about(name, lines)
+    assert line.startswith("FAIL  ")
+    assert remedy in line
+
+
+@pytest.mark.parametrize("text", ["user_shutdown=False\n", "acpi=True\n"])
+def test_the_hypervisor_parameter_is_worth_a_warning(
+    daemon: Daemon, control_dir: Path, ssconf_dir: Path, text: str
+) -> None:
+    (ssconf_dir / "ssconf_hvparams_kvm").write_text(text)
+    status, lines = check(control_dir, ssconf_dir)
+    assert status == 0
+    line = line_about("ssconf_hvparams_kvm", lines)
+    assert line.startswith("warn  ")
+    assert "gnt-cluster modify -H kvm:user_shutdown=true" in line
+
+
+def test_what_each_socket_is_found_to_be(control_dir: Path, ssconf_dir: Path) -> None:
+    with FakeQemu(control_dir, "listens") as listening:
+        listening.listen()
+        with FakeQemu(control_dir, "died") as dead:
+            dead.listen()
+            dead.crash()
+            (control_dir / "planted.kvmd").write_text("")
+            _, lines = check(control_dir, ssconf_dir)
+    assert line_about("listens.kvmd", lines).endswith("listening, nobody connected")
+    assert "dead, nobody listens" in line_about("died.kvmd", lines)
+    assert line_about("planted.kvmd", lines).endswith("no socket; it is ignored")
+
+
+def test_a_missing_directory_is_no_failure(
+    daemon: Daemon, control_dir: Path, ssconf_dir: Path
+) -> None:
+    control_dir.rmdir()
+    status, lines = check(control_dir, ssconf_dir)
+    control_dir.mkdir()
+    assert status == 0
+    assert line_about("not there yet", lines).startswith("warn  ")
+
+
+def test_the_peer_of_a_socket_is_found() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        inodes = [os.fstat(end.fileno()).st_ino for end in (one, other)]
+        peers = kvmd.read_peers()
+        assert [peers[inode] for inode in inodes] == inodes[::-1]
+        mine = f", pid {os.getpid()}"
+        assert kvmd.read_holders({inodes[0]})[inodes[0]].endswith(mine)
