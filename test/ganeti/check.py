@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
@@ -23,6 +24,7 @@ from cluster import (
     PID_FILE,
     Instance,
     create_cluster,
+    daemon_is_version,
     daemon_pid,
     daemon_util,
     expect,
@@ -35,6 +37,7 @@ from cluster import (
 )
 
 INIT_SCRIPT = "/etc/init.d/ganeti"
+NEWER_VERSION = "999"
 
 
 # ---- Who shut it down ----------------------------------------------------------------
@@ -201,15 +204,20 @@ def installing_takes_over_from_ganetis_daemon() -> None:
         expect_down_by_user(instance)
 
 
-def upgrading_hands_over_running_instances() -> None:
-    with running_instance("upgraded") as instance:
-        pid = daemon_pid()
-        install(with_higher_version(built_package()))
+def upgrading_loses_no_shutdown() -> None:
+    package, module = newer_package()
+    with running_instance("upgrade") as early, running_instance("upgraded") as late:
+        with ThreadPoolExecutor() as pool:
+            upgrade = pool.submit(install, package)
+            wait_until("unpacked", lambda: NEWER_VERSION in module.read_text())
+            early.power_off()
+            upgrade.result()
+        expect_down_by_user(early)
+        wait_until("the new daemon runs", lambda: daemon_is_version(NEWER_VERSION))
         expect("daemon", which_daemon(), "ours")
-        expect("daemon is still the old one", daemon_pid() == pid, False)
-        wait_until_monitored(instance)
-        instance.power_off()
-        expect_down_by_user(instance)
+        wait_until_monitored(late)
+        late.power_off()
+        expect_down_by_user(late)
 
 
 def removing_brings_ganetis_daemon_back() -> None:
@@ -226,15 +234,20 @@ def built_package() -> Path:
     return max(packages, key=lambda package: package.stat().st_mtime)
 
 
-def with_higher_version(package: Path) -> Path:
-    """Return a copy of the package that apt takes for a newer one."""
-    tree, copy = Path("/tmp/upgrade"), Path("/tmp/upgrade.deb")
-    run("dpkg-deb", "--raw-extract", str(package), str(tree))
-    control = tree / "DEBIAN/control"
-    newer = re.sub("(?m)^Version: .*", "Version: 999", control.read_text())
-    control.write_text(newer)
-    run("dpkg-deb", "--build", str(tree), str(copy))
-    return copy
+def newer_package() -> tuple[Path, Path]:
+    """Make a package of a newer version; return it, and its module when installed."""
+    tree, package = Path("/tmp/newer"), Path("/tmp/newer.deb")
+    run("dpkg-deb", "--raw-extract", str(built_package()), str(tree))
+    (module,) = tree.rglob("kvmd.py")
+    substitute(tree / "DEBIAN/control", "Version: .*", f"Version: {NEWER_VERSION}")
+    substitute(module, "VERSION = .*", f'VERSION = "{NEWER_VERSION}"')
+    run("dpkg-deb", "--build", str(tree), str(package))
+    return package, "/" / module.relative_to(tree)
+
+
+def substitute(path: Path, line: str, replacement: str) -> None:
+    """Replace the lines of a file that match."""
+    path.write_text(re.sub(f"(?m)^{line}$", replacement, path.read_text()))
 
 
 def install(package: Path) -> None:
@@ -294,7 +307,7 @@ SCENARIOS = [
     node_setting_stops_and_starts_it,
     init_script_starts_stops_restarts_and_tells,
     log_is_rotated,
-    upgrading_hands_over_running_instances,
+    upgrading_loses_no_shutdown,
     removing_brings_ganetis_daemon_back,
 ]
 

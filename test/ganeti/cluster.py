@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def wait_until(what: str, condition: Callable[[], object]) -> None:
 def run(*command: str) -> str:
     """Run a command, return what it prints; fail with that when it fails."""
     # A file, not a pipe: a daemon that the command starts may keep it open.
-    with open("/tmp/output", "w+") as output:
+    with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -253,6 +254,12 @@ def which_daemon() -> str:
         return "none"
     program = Path(f"/proc/{pid}/exe").readlink()
     return "ours" if program.name.startswith("python3") else "Ganeti's"
+
+
+def daemon_is_version(version: str) -> bool:
+    """Tell whether the running daemon has started as this version of ours."""
+    started = f" pid={daemon_pid()} INFO started kvmd {version} for "
+    return started in LOG_FILE.read_text()
 
 
 def kill_daemon() -> None:
