@@ -7,6 +7,7 @@ over its serial port.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -32,33 +33,42 @@ def is_installed() -> bool:
 
 
 class QmpClient:
-    """One client of a QMP monitor: commands go out, replies and events come in."""
+    """One client of a QMP monitor. `events` are all that have come in so far."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(SECONDS)
         self._connection = connection
         self._lines = connection.makefile("rb")
-        self._unread_events: list[Message] = []
-        self.greeting = self._receive()
+        self.events: list[Message] = []
+        self._waited_for = 0
+        self._receive()  # the greeting
         self.command("qmp_capabilities")
 
     def command(self, name: str, **arguments: Any) -> Any:
         """Have a command carried out, return what it returns."""
         message = {"execute": name, "arguments": arguments}
         self._connection.sendall(json.dumps(message).encode())
-        while True:
+        reply = self._receive()
+        while "event" in reply:
             reply = self._receive()
-            if "event" not in reply:
-                return reply["return"]
-            self._unread_events.append(reply)
+        if "return" not in reply:
+            raise ValueError(f"{name}: {reply}")
+        return reply["return"]
 
     def wait_for_event(self, name: str) -> Message:
-        """Return the next event of that name, dropping others before it."""
+        """Return the next event of that name, passing over others before it."""
         while True:
-            unread = self._unread_events
-            event = unread.pop(0) if unread else self._receive()
+            while self._waited_for == len(self.events):
+                self._receive()
+            event = self.events[self._waited_for]
+            self._waited_for += 1
             if event["event"] == name:
                 return event
+
+    def read_to_end(self) -> None:
+        """Take in what QEMU has sent until its end."""
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while True:
+                self._receive()
 
     def close(self) -> None:
         """End the connection."""
@@ -70,6 +80,8 @@ class QmpClient:
         if not line:
             raise EOFError("QEMU has closed the monitor's connection")
         message: Message = json.loads(line)
+        if "event" in message:
+            self.events.append(message)
         return message
 
 
@@ -98,6 +110,7 @@ class Qemu:
                 *options,
                 *(() if "-incoming" in options else ("-S",)),
             ],
+            cwd=control_dir.parent,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -109,6 +122,11 @@ class Qemu:
         except BaseException:
             self.end()
             raise
+
+    @property
+    def shutdown_file(self) -> Path:
+        """The file that tells Ganeti of a shutdown by the user."""
+        return self._control_dir / f"{self.name}.shutdown"
 
     @property
     def qmp(self) -> QmpClient:
@@ -125,7 +143,7 @@ class Qemu:
         """Move the guest to the QEMU that was started with `-incoming uri`."""
         self.qmp.command("migrate", uri=uri)
         wait_until(
-            lambda: self.qmp.command("query-migrate")["status"] == "completed",
+            lambda: self.qmp.command("query-migrate").get("status") == "completed",
             f"{self.name} has migrated",
         )
 
@@ -133,6 +151,11 @@ class Qemu:
         """Give the guest one of its commands."""
         assert self._serial
         self._serial.sendall(letter)
+
+    def reboot_guest(self) -> None:
+        """Have the guest reset itself, and wait until it is back."""
+        self.tell_guest(guest.REBOOT)
+        self.wait_until_guest_is_ready()
 
     def make_guest_obey_power_button(self) -> None:
         """Have the guest power off at `system_powerdown`, until its next boot."""

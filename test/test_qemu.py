@@ -1,0 +1,141 @@
+"""Real QEMU, real guests: who shut the instance down?"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import StartQemu
+from daemon import INSTANCE, Daemon, control_directory
+from deadline import wait_until
+from qemu import Qemu
+from scenarios import MIGRATION, RUNS_ON, SCENARIOS, USER, Scenario, kill, power_off
+from status import status_table
+from witness import GONE, Witness
+
+pytestmark = pytest.mark.qemu
+
+SHUTDOWN_FILE = f"{INSTANCE}.shutdown"
+
+
+def end_guest(scenario: Scenario, qemu: Qemu, control_dir: Path) -> list[str]:
+    """Bring about a guest's end, return what was seen of it from outside, in order."""
+    with Witness(control_dir, qemu.process.pid) as witness:
+        scenario.end(qemu)
+        return [sight.what for sight in witness.watch_until_gone()]
+
+
+def assert_verdict(scenario: Scenario, daemon: Daemon, qemu: Qemu) -> None:
+    """Hold log and shutdown file against the scenario, when all is over."""
+    verdict = scenario.expected.replace(" ", "-")
+    line = daemon.wait_for_log(f"{INSTANCE}: verdict=.* cause={scenario.cause} .*")
+    assert f"verdict={verdict} " in line[0]
+    wait_until(lambda: not is_connected(daemon), "the daemon has heard QEMU's end")
+    assert qemu.shutdown_file.exists() == (scenario.expected == USER)
+
+
+def is_connected(daemon: Daemon) -> bool:
+    """Tell whether the daemon is connected to INSTANCE's QEMU."""
+    return status_table(daemon).get(f"{INSTANCE}.kvmd", "").startswith("connected")
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [scenario for scenario in SCENARIOS if scenario.expected != RUNS_ON],
+    ids=lambda scenario: scenario.name,
+)
+def test_verdict_on_the_end_of_a_guest(
+    scenario: Scenario, daemon: Daemon, start_qemu: StartQemu, control_dir: Path
+) -> None:
+    qemu = start_qemu(*scenario.options)
+    daemon.wait_until_connected(INSTANCE)
+    scenario.prepare(qemu)
+    seen = end_guest(scenario, qemu, control_dir)
+    # The user's shutdown is told before QEMU is gone; any other, never.
+    assert seen == ([SHUTDOWN_FILE, GONE] if scenario.expected == USER else [GONE])
+    assert_verdict(scenario, daemon, qemu)
+
+
+def test_a_reset_inside_is_no_end(daemon: Daemon, start_qemu: StartQemu) -> None:
+    qemu = start_qemu()
+    daemon.wait_until_connected(INSTANCE)
+    qemu.boot()
+    qemu.reboot_guest()
+    daemon.wait_for_log(r'"event": "RESET"')
+    assert is_connected(daemon)
+    assert "verdict=" not in daemon.log
+    assert not qemu.shutdown_file.exists()
+
+
+def test_the_file_is_withdrawn_when_the_guest_comes_back(
+    daemon: Daemon, start_qemu: StartQemu
+) -> None:
+    qemu = start_qemu("-no-shutdown")
+    daemon.wait_until_connected(INSTANCE)
+    qemu.boot()
+    power_off(qemu)
+    wait_until(qemu.shutdown_file.exists, "the shutdown file")
+    qemu.qmp.wait_for_event("STOP")
+    qemu.qmp.command("system_reset")
+    wait_until(lambda: not qemu.shutdown_file.exists(), "no shutdown file")
+    assert "verdict=withdrawn cause=reset " in daemon.wait_for_verdict(INSTANCE, 2)
+
+
+def test_a_migration_is_no_shutdown_and_its_target_is_watched(
+    daemon: Daemon, start_qemu: StartQemu, control_dir: Path
+) -> None:
+    leaving, arriving = MIGRATION
+    source = start_qemu()
+    daemon.wait_until_connected(INSTANCE)
+    with control_directory() as other_dir, Daemon(other_dir) as other_daemon:
+        uri = f"unix:{control_dir.parent}/migration"
+        with Qemu(other_dir, INSTANCE, "-incoming", uri) as target:
+            other_daemon.wait_until_connected(INSTANCE)
+            leaving.prepare(source)
+            arriving.prepare(target)
+            assert end_guest(leaving, source, control_dir) == [GONE]
+            assert_verdict(leaving, daemon, source)
+            assert end_guest(arriving, target, other_dir) == [SHUTDOWN_FILE, GONE]
+            assert_verdict(arriving, other_daemon, target)
+        other_daemon.stop()
+
+
+def test_a_stale_file_goes_when_the_instance_is_started(
+    daemon: Daemon, start_qemu: StartQemu, control_dir: Path
+) -> None:
+    stale = control_dir / SHUTDOWN_FILE
+    stale.touch()
+    start_qemu().boot()
+    wait_until(lambda: not stale.exists(), "no shutdown file")
+
+
+def test_a_new_qemu_among_the_sockets_of_a_killed_one_is_watched(
+    daemon: Daemon, start_qemu: StartQemu
+) -> None:
+    killed = start_qemu()
+    daemon.wait_until_connected(INSTANCE)
+    killed.boot()
+    kill(killed)
+    assert killed.wait_until_gone() == -signal.SIGKILL
+    qemu = start_qemu()
+    daemon.wait_until_connected(INSTANCE, 2)
+    qemu.boot()
+    power_off(qemu)
+    qemu.wait_until_gone()
+    assert qemu.shutdown_file.exists()
+
+
+def test_a_restarted_daemon_takes_up_instances_that_run(
+    daemon: Daemon, start_qemu: StartQemu
+) -> None:
+    qemu = start_qemu()
+    daemon.wait_until_connected(INSTANCE)
+    qemu.boot()
+    daemon.stop()
+    assert not qemu.shutdown_file.exists()
+    daemon.start()
+    daemon.wait_until_connected(INSTANCE, 2)
+    power_off(qemu)
+    qemu.wait_until_gone()
+    assert qemu.shutdown_file.exists()
