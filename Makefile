@@ -31,6 +31,18 @@ check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as ro
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
 .PHONY: check-ganeti
 
+# Options of the benchmark: make bench BENCH="--only verdict --repetitions 5"
+BENCH =
+bench: need-bench ## measure beside Ganeti's own daemon and a floor in C (as root)
+	$(PYTHON) test/bench/bench.py $(BENCH)
+
+# Ganeti's own daemon is not installed, but the libraries are that it needs.
+BENCH_PACKAGES = gcc libc6-dev libcurl3-gnutls libffi8 libgmp10 libpcre3 python3
+need-bench:
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
+	apt-get install -qq -y --no-install-recommends $(BENCH_PACKAGES); }
+.PHONY: bench need-bench
+
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 

@@ -1,0 +1,241 @@
+"""The daemons that are measured, and where they find what they expect of a node.
+
+They all use Ganeti's own paths, which are hard-coded in its compiled daemon, in a mount
+namespace of this process's own: nothing of it is seen outside, or left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+CONTROL_DIR = Path("/var/run/ganeti/kvm-hypervisor/ctrl")
+PID_FILE = Path("/var/run/ganeti/ganeti-kvmd.pid")
+LOG_DIR = Path("/var/log/ganeti")
+SSCONF_DIR = Path("/var/lib/ganeti")
+
+#: The package with Ganeti's own daemon. The libraries it needs that few machines have
+#: are installed by `make bench`.
+HASKELL_PACKAGE = "ganeti-haskell-3.0"
+HASKELL_DAEMON = "usr/lib/ganeti/3.0/usr/sbin/ganeti-kvmd"
+
+#: Users and groups that Ganeti's own daemon insists on finding, all of them root here.
+GANETI_NAMES = ["admin", "confd", "daemons", "luxid", "masterd", "metad", "rapi"]
+
+CLONE_NEWNS = 0x00020000
+LONG_ENOUGH = 20.0
+
+
+class DaemonDiedError(Exception):
+    """The daemon that is measured is gone."""
+
+
+@dataclass
+class Process:
+    """A daemon that runs: what the kernel knows of it."""
+
+    pid: int
+    #: When it was executed (time.monotonic_ns()).
+    executed: int
+
+    def _read(self, name: str) -> str:
+        try:
+            return Path(f"/proc/{self.pid}/{name}").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            raise DaemonDiedError from None
+
+    def _number(self, name: str, key: str) -> int:
+        for line in self._read(name).splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1])
+        raise DaemonDiedError  # a zombie has no memory
+
+    def _tasks(self) -> list[str]:
+        try:
+            return os.listdir(f"/proc/{self.pid}/task")
+        except (FileNotFoundError, ProcessLookupError):
+            raise DaemonDiedError from None
+
+    def cpu_ns(self) -> int:
+        """CPU time of all threads so far (sched_info of the kernel)."""
+        return sum(
+            int(self._read(f"task/{task}/schedstat").split()[0])
+            for task in self._tasks()
+        )
+
+    def switches(self) -> int:
+        """Context switches of all threads so far."""
+        return sum(
+            self._number(f"task/{task}/status", f"{kind}_ctxt_switches")
+            for task in self._tasks()
+            for kind in ("voluntary", "nonvoluntary")
+        )
+
+    def rss(self) -> int:
+        """Resident memory in bytes, as exact as the kernel knows it."""
+        return self._number("smaps_rollup", "Rss") * 1024
+
+    def descriptors(self) -> int:
+        """Open file descriptors."""
+        try:
+            return len(os.listdir(f"/proc/{self.pid}/fd"))
+        except (FileNotFoundError, ProcessLookupError):
+            raise DaemonDiedError from None
+
+    def settle(self) -> None:
+        """Wait until it has nothing to do."""
+        deadline = time.monotonic() + LONG_ENOUGH
+        before, now = -1, self.cpu_ns()
+        while now != before and time.monotonic() < deadline:
+            time.sleep(0.1)
+            before, now = now, self.cpu_ns()
+
+    def end(self) -> None:
+        """End it, the hard way if it does not obey."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:
+                break
+            if select.select([pidfd], [], [], 5)[0]:
+                break
+        os.close(pidfd)
+        with suppress(ChildProcessError):  # it had detached
+            os.waitpid(self.pid, 0)
+
+
+@dataclass
+class Subject:
+    """A daemon that can be started."""
+
+    name: str
+    command: list[str]
+    detaches: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> Process:
+        """Start it as an init script does; return when it says that it runs."""
+        environment = {**os.environ, **self.environment}
+        executed = time.monotonic_ns()
+        pid = os.posix_spawn(self.command[0], self.command, environment)
+        if self.detaches:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if status != 0:
+                raise DaemonDiedError(f"{self.name} did not start: status {status}")
+            pid = int(PID_FILE.read_text())
+        return Process(pid, executed)
+
+
+def compile_program(source: Path, directory: Path) -> str:
+    """Compile a C program of one file; return its path."""
+    program = directory / source.stem
+    subprocess.run(
+        ["gcc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True
+    )
+    return str(program)
+
+
+def prepare_floor(directory: Path) -> Subject:
+    """Compile the program that does no more than it must."""
+    program = compile_program(HERE / "floor.c", directory)
+    return Subject("floor", [program, str(CONTROL_DIR)], detaches=False)
+
+
+def prepare_haskell(directory: Path) -> Subject:
+    """Fetch Ganeti's own daemon, and unpack it."""
+    subprocess.run(
+        ["apt-get", "download", "-qq", HASKELL_PACKAGE],
+        cwd=directory,
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    package = next(directory.glob("*.deb"))
+    unpacked = directory / "haskell"
+    subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
+    return Subject("haskell", [str(unpacked / HASKELL_DAEMON)])
+
+
+def prepare_kvmd(directory: Path) -> Subject:
+    """Install this project's daemon, byte-compiled as its package has it."""
+    modules = directory / "kvmd"
+    modules.mkdir()
+    for name in ("kvmd.py", "kvmd_inotify.py"):
+        shutil.copy(ROOT / name, modules)
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "compileall", "-q", modules], check=True
+    )
+    launcher = directory / "ganeti-kvmd"
+    launcher.write_text(
+        "#!/usr/bin/python3 -IS\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(modules)!r})\n"
+        "import kvmd\n"
+        "sys.exit(kvmd.main())\n"
+    )
+    launcher.chmod(0o755)
+    return Subject("kvmd", [str(launcher)])
+
+
+PREPARATIONS = {
+    "haskell": prepare_haskell,
+    "floor": prepare_floor,
+    "kvmd": prepare_kvmd,
+}
+
+
+def enter_node(directory: Path) -> None:
+    """Make this process's file system look like a Ganeti node's, to it alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        sys.exit("make bench needs a mount namespace of its own: run it as root")
+    mount("--make-rprivate", "/")
+    for covered in ("/run", "/var/log", "/var/lib"):
+        mount("-t", "tmpfs", "-o", "mode=755", "bench", covered)
+    for path in (CONTROL_DIR, LOG_DIR, SSCONF_DIR):
+        path.mkdir(parents=True)
+    node_names = dict.fromkeys([socket.getfqdn(), socket.gethostname(), "localhost"])
+    ssconf = {
+        "hypervisor_list": "kvm\n",
+        "enabled_user_shutdown": "True\n",
+        "node_vm_capable": "".join(f"{name}=True\n" for name in node_names),
+    }
+    for name, text in ssconf.items():
+        (SSCONF_DIR / f"ssconf_{name}").write_text(text)
+    for name, fields in {"passwd": "x:0:0::/:/bin/false", "group": "x:0:"}.items():
+        names = directory / name
+        names.write_text(
+            Path("/etc", name).read_text()
+            + "".join(f"gnt-{role}:{fields}\n" for role in GANETI_NAMES)
+        )
+        mount("--bind", str(names), f"/etc/{name}")
+
+
+def mount(*arguments: str) -> None:
+    """Run mount with these arguments (mount(8))."""
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def clear_node() -> None:
+    """Remove what an earlier subject left."""
+    for path in CONTROL_DIR.iterdir():
+        path.unlink()
+    PID_FILE.unlink(missing_ok=True)
+    for path in LOG_DIR.iterdir():
+        path.unlink()
