@@ -437,12 +437,13 @@ class Log:
         """Log a failure that somebody has to look at."""
         self._log("ERROR", message)
 
-    def exception(self, message: str) -> None:
-        """Log a failure with the traceback of the exception that is being handled."""
+    def exception(self, message: str, error: BaseException) -> None:
+        """Log a failure with the exception's traceback."""
         import traceback
 
         self.error(message)
-        for line in traceback.format_exc().splitlines():
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        for line in "".join(lines).splitlines():
             self.error(line)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
@@ -502,7 +503,8 @@ class Notifier:
         self._status = ""
         microseconds = environment.get("WATCHDOG_USEC", "")
         watched_pid = environment.get("WATCHDOG_PID", str(os.getpid()))
-        if microseconds.isdigit() and watched_pid == str(os.getpid()):
+        watched = microseconds.isdecimal() and watched_pid == str(os.getpid())
+        if watched and int(microseconds) > 0:
             self.watchdog_interval = int(microseconds) / 2e6
         if self.is_wanted:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -513,8 +515,11 @@ class Notifier:
         if not self.is_wanted:
             return
         message = ["\n".join(assignments).encode()]
+        # Not socket.send_fds: that drops the address.
+        packed = struct.pack(f"{len(fds)}i", *fds)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
         try:
-            socket.send_fds(self._socket, message, fds, 0, self._address)
+            self._socket.sendmsg(message, rights, 0, self._address)
         except OSError:
             pass  # it is gone or stuck: nothing that is done here depends on it
 
@@ -1144,6 +1149,8 @@ class Inheritance:
 
 # ---- The daemon ----------------------------------------------------------------------
 
+#: Seconds of one wait in the selector: epoll_wait(2) takes milliseconds in an int.
+LONGEST_WAIT = 86400.0
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
 
@@ -1315,15 +1322,17 @@ class Daemon:
         deadline = min(
             self._next_rescan, self._next_sign_of_life, self._reactor.next_timer()
         )
-        return None if deadline == NEVER else max(0.0, deadline - time.monotonic())
+        if deadline == NEVER:
+            return None
+        return min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
 
     def _attend(self, monitor: Monitor, step: Callable[[Monitor], object]) -> None:
         """Have a monitor do one thing; what goes wrong costs its connection alone."""
         try:
             step(monitor)
-        except Exception:
+        except Exception as error:
             self._log.exception(
-                f"{monitor.instance}: unexpected error; connecting anew"
+                f"{monitor.instance}: unexpected error; connecting anew", error
             )
             monitor.abandon()
         if monitor.phase is Phase.GONE and monitor.is_idle():
@@ -1908,11 +1917,11 @@ def detach() -> Callable[[str], None]:
 
 
 def stderr_sink(level: str, line: str) -> None:
-    """Write a log line to stderr, unless that would block."""
+    """Write a log line to stderr, cut to what never blocks; not at all if it would."""
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     if poll.poll(0):
-        write_line(2, line)
+        write_line(2, line[: select.PIPE_BUF // 4 - 1])  # up to 4 bytes a character
 
 
 def syslog_sink() -> Callable[[str, str], None]:
@@ -2210,7 +2219,9 @@ def open_log(options: argparse.Namespace) -> Log:
         sinks.append(syslog_sink())
     log = Log(None if options.syslog == "only" else options.log_file, sinks)
     log.debugging = options.debug
-    sys.excepthook = lambda *_: log.exception("unexpected error, giving up")
+    sys.excepthook = lambda _type, error, _traceback: log.exception(
+        "unexpected error, giving up", error
+    )
     return log
 
 
@@ -2222,7 +2233,7 @@ def serve(options: argparse.Namespace, log: Log, inheritance: Inheritance) -> in
         pid_file = PidFile(options.pid_file, inheritance.pid_file)
     except StartError as error:
         log.error(str(error))
-        report(str(error))
+        report(printable(str(error)))
         return 1
     try:
         limit = raise_descriptor_limit()
@@ -2268,7 +2279,7 @@ def main() -> int:
     if not options.no_user_checks and os.geteuid() != 0:
         problem = "must run as root (or with --no-user-checks, for trials)"
     if problem and inheritance.pid_file is None:
-        write_line(2, f"{DAEMON_NAME}: {problem}")
+        write_line(2, printable(f"{DAEMON_NAME}: {problem}"))
         return 1
     return serve(options, log, inheritance)
 
