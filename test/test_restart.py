@@ -11,6 +11,7 @@ import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
+from status import status_table
 
 
 @pytest.fixture
@@ -111,8 +112,7 @@ def test_a_verdict_from_before_stands(daemon: Daemon, qemu: FakeQemu) -> None:
     qemu.shutdown_file.unlink()  # as Ganeti does when it has taken note
     qemu.event("SHUTDOWN", guest=False, reason="host-signal")
     qemu.exit()
-    daemon.send_signal(signal.SIGUSR1)
-    daemon.wait_for_log("status: .* 0 instances")
+    wait_until(lambda: not status_table(daemon), "the instance is gone")
     assert daemon.log.count(" verdict=") == 1
 
 
