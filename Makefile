@@ -27,6 +27,37 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest -m soak --timeout=0 test
 
+install: ## install below DESTDIR, with PREFIX (default /usr)
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
+	install -m 644 kvmd.py kvmd_inotify.py $(DESTDIR)$(DATADIR)
+	install -m 644 man/ganeti-kvmd.8 $(DESTDIR)$(MANDIR)/man8
+	sed 's|@DATADIR@|$(DATADIR)|' ganeti-kvmd.in >$(DESTDIR)$(SBINDIR)/ganeti-kvmd
+	chmod 755 $(DESTDIR)$(SBINDIR)/ganeti-kvmd
+
+# Of these files the package is made, in a copy: nothing else gets into it.
+PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in kvmd.py \
+	kvmd_inotify.py man test
+deb: need-packaging ## build the Debian package into dist/
+	rm -rf dist && mkdir -p dist/build/kvmd
+	tar -c --exclude=__pycache__ $(PACKAGE_FILES) | tar -x -C dist/build/kvmd
+	cd dist/build/kvmd && dpkg-buildpackage --unsigned-source --unsigned-changes
+	mv dist/build/*.* dist && rm -r dist/build
+
+lint-deb: deb ## let lintian look at the package and its source
+	@$(call install-packages,lintian,lintian)
+	lintian --pedantic --display-info --fail-on error,warning,info,pedantic \
+		--allow-root dist/*.changes
+
+check-package: lint-deb ## install the package beside Ganeti's, in namespaces (as root)
+	test/package/reproducible
+	test/ganeti/throwaway $(PYTHON) /checkout/test/package/check.py
+
+need-packaging:
+	@$(call install-packages,dpkg-buildpackage,dpkg-dev)
+	@dpkg-checkbuilddeps 2>/dev/null || { apt-get update -qq && \
+	apt-get build-dep -qq -y --no-install-recommends ./; }
+.PHONY: install deb lint-deb check-package need-packaging
+
 check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
 .PHONY: check-ganeti
