@@ -39,7 +39,7 @@ DATA_WITHOUT_REASON: dict[str, object] = {
 }
 
 # Where the paths on the page may lie.
-GANETI_PATHS = re.compile(r"/(var/(run|log|lib)|etc/default)/ganeti\b")
+GANETI_PATHS = re.compile(r"/(var/(run|log|lib)|etc/default|usr/sbin)/ganeti\b")
 
 
 def need(tool: str) -> None:
