@@ -38,8 +38,7 @@ from kvmd_inotify import DirectoryWatch, Fact
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
 VERSION = "1.0.0"
@@ -220,9 +219,10 @@ OVERLONG = f"a line of more than {LINE_LIMIT} bytes"
 CAREFUL_READ_SIZE = 4096
 
 #: Finds, in a whole chunk, whether any event in it may matter. Most don't, and JSON is
-#: parsed for none of those.
+#: parsed for none of those. It looks for the end of "event", for a search that began
+#: with a quote would have to stop at each of them.
 EVENT_OF_INTEREST = re.compile(
-    rb'"event"\s*:\s*"(?:%s)"' % "|".join(["SHUTDOWN", *EFFECTS]).encode()
+    rb'vent"\s*:\s*"(?:%s)"' % "|".join(["SHUTDOWN", *EFFECTS]).encode()
 )
 
 Greeting = collections.namedtuple("Greeting", "version")
@@ -323,15 +323,17 @@ class Protocol:
             lines = lines[lines.find(b"\n") + 1 :]
             self._overlong = False
         self._keep(data[end:])
-        if self._answered and self._greeted and not EVENT_OF_INTEREST.search(lines):
+        listening = self._answered and self._greeted
+        if listening and not EVENT_OF_INTEREST.search(lines):
             self.read_size = READ_SIZE
             return []
         self.read_size = CAREFUL_READ_SIZE
-        return [
-            message
-            for message in map(self._read_line, lines.split(b"\n"))
-            if message is not None
+        messages = [
+            self._read_line(line)
+            for line in lines.split(b"\n")
+            if not listening or EVENT_OF_INTEREST.search(line)
         ]
+        return [message for message in messages if message is not None]
 
     def export(self) -> dict[str, object]:
         """Return what is known of the connection for the state file."""
@@ -627,8 +629,12 @@ class Phase(enum.Enum):
     SETTLING = "settling"
     #: Trying to connect, again and again.
     CONNECTING = "connecting"
+    #: As many connections as descriptors: tried again when one may have come free.
+    WAITING = "waiting for a file descriptor"
     #: Connected, and not greeted yet: QEMU is starting, or has another client.
     AWAITING_GREETING = "awaiting greeting"
+    #: Not greeted for so long that a warning was due.
+    SILENT = "connected without a greeting"
     CONNECTED = "connected"
     #: Nobody listens; only the rescan tries again.
     DEAD = "dead"
@@ -662,6 +668,8 @@ class Reactor:
         self.keep_state: Callable[[], None] = lambda: None
         self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
         self._timers: list[tuple[float, int, Monitor]] = []
+        #: The monitors that await a greeting, in the order in which they connected.
+        self._unanswered: collections.deque[Monitor] = collections.deque()
         self._sequence = itertools.count()
 
     def set_timer(self, monitor: Monitor, seconds: float) -> None:
@@ -669,13 +677,31 @@ class Reactor:
         monitor.due = time.monotonic() + seconds
         heapq.heappush(self._timers, (monitor.due, next(self._sequence), monitor))
 
+    def expect_greeting(self, monitor: Monitor) -> None:
+        """Have `on_timer` called if there is no greeting within PATIENCE."""
+        self._unanswered.append(monitor)
+
+    def _end_of_patience(self) -> float:
+        """Return when the next peer has been silent for too long."""
+        while self._unanswered:
+            monitor = self._unanswered[0]
+            if monitor.phase is Phase.AWAITING_GREETING:
+                return monitor.since + PATIENCE
+            self._unanswered.popleft()
+        return NEVER
+
     def next_timer(self) -> float:
         """Return when the next timer is due, in time.monotonic()'s seconds."""
-        return self._timers[0][0] if self._timers else NEVER
+        while self._timers and self._timers[0][2].due != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        first = self._timers[0][0] if self._timers else NEVER
+        return min(first, self._end_of_patience())
 
     def expired(self) -> Iterator[Monitor]:
         """Take out the monitors whose time has come."""
         now = time.monotonic()
+        while self._end_of_patience() <= now:
+            yield self._unanswered.popleft()
         while self._timers and self._timers[0][0] <= now:
             due, _, monitor = heapq.heappop(self._timers)
             if monitor.due == due:
@@ -789,7 +815,7 @@ class Monitor:
         self._adopt(connection)
         self._reactor.notifier.store(connection_name(connection), connection.fileno())
         self._enter(Phase.AWAITING_GREETING)
-        self._reactor.set_timer(self, PATIENCE)
+        self._reactor.expect_greeting(self)
 
     def _adopt(self, connection: socket.socket) -> Protocol:
         self._socket = connection
@@ -823,16 +849,17 @@ class Monitor:
             "the next instances wait until one comes free (raise the daemon's limit,"
             " ulimit -Hn)",
         )
-        self._enter(Phase.CONNECTING)
+        self._enter(Phase.WAITING)
         self._reactor.set_timer(self, LONGEST_DELAY)
 
     def on_timer(self) -> None:
         """Do what the timer was set for."""
-        if self.phase in {Phase.SETTLING, Phase.CONNECTING}:
-            if self.phase is Phase.SETTLING:
+        if self.phase in {Phase.SETTLING, Phase.CONNECTING, Phase.WAITING}:
+            if self.phase is not Phase.CONNECTING:
                 self._enter(Phase.CONNECTING)
             self.connect()
-        elif self.phase is Phase.AWAITING_GREETING and self._unwritten is None:
+        elif self.phase is Phase.AWAITING_GREETING:
+            self.phase = Phase.SILENT
             self._warn(
                 f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one"
                 " client at a time, and another one may be connected"
@@ -930,7 +957,9 @@ class Monitor:
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._reactor.notifier.discard(connection_name(self._socket))
-            self._reactor.selector.unregister(self._socket)
+            # It isn't registered if that failed: epoll(7) has limits of its own.
+            if self._socket in self._reactor.selector.get_map():
+                self._reactor.selector.unregister(self._socket)
             self._socket.close()
         self._socket = self._protocol = None
 
@@ -1024,16 +1053,16 @@ class Monitor:
         if record["unwritten"] is not None:
             ruling, timestamp = record["unwritten"]
             monitor._unwritten = (Ruling.restore(ruling), timestamp)
-        delay = FIRST_DELAY
         if connection is not None:
             monitor._adopt(connection).restore(record["protocol"])
             monitor._version = record["qemu"]
             monitor.phase = Phase(record["phase"])
             monitor.since = record["since"]
-            delay = PATIENCE if monitor._unwritten is None else FILE_RETRY
+            reactor.expect_greeting(monitor)
         elif monitor.state.ruling is not None:
             monitor.phase = Phase.ENDED
-        reactor.set_timer(monitor, delay)
+        if connection is None or monitor._unwritten is not None:
+            reactor.set_timer(monitor, FIRST_DELAY)
         return monitor
 
     def describe(self) -> str:
@@ -1408,7 +1437,8 @@ class Daemon:
             self._report(facts)
         self._reconcile()
         self._plan_rescan()
-        if self._reactor.has_room():
+        phases = [monitor.phase for monitor in self._monitors.values()]
+        if Phase.WAITING not in phases:
             self._log.end_trouble(OUT_OF_DESCRIPTORS)
 
     def _plan_rescan(self) -> None:
@@ -1488,15 +1518,17 @@ class Daemon:
             self._log.begin_trouble(UNREADABLE, f"{error.filename}: {error.strerror}")
             return
         self._log.end_trouble(UNREADABLE)
-        instances = {self._instance_of(name) for name in names}
+        # The suffixes hold one dot each, so that an instance's name ends at the last.
+        instances = {
+            name[: name.rindex(".")] for name in names if name.endswith(self._suffixes)
+        } - {""}
         for monitor in list(self._monitors.values()):
             if monitor.phase is Phase.DEAD:
                 self._attend(monitor, Monitor.connect)
             elif monitor.instance not in instances and monitor.is_idle():
                 self._forget(monitor)
         for instance in instances:
-            if instance is not None:
-                self._look_for(instance)
+            self._look_for(instance)
 
     # Signals.
 
@@ -1633,28 +1665,34 @@ def judge_user_shutdown(text: str) -> Finding:
     return Finding(Level.BROKEN, f"neither True nor False: {text[:80]!r}")
 
 
-def judge_vm_capable(text: str, node_names: list[str]) -> Finding:
-    """Judge ssconf_node_vm_capable: a line `node=True` or `node=False` per node."""
+def judge_vm_capable(text: str, node_names: Iterable[str]) -> Finding:
+    """Judge ssconf_node_vm_capable: a line `node=True` or `node=False` per node.
+
+    Of the node's names no more are asked for than until one is listed.
+    """
     capable = {}
     for line in text.splitlines():
         node, _, value = line.strip().partition("=")
         if value not in {"True", "False"}:
             return Finding(Level.BROKEN, f"no line like node=True: {line[:80]!r}")
         capable[node] = value == "True"
-    listed = [node for node in node_names if node in capable]
-    if not listed:
-        return Finding(
-            Level.WARN,
-            f"node {' or '.join(node_names)} is not listed; taking it for vm_capable"
-            " (compare with: gnt-node list)",
-        )
-    if not capable[listed[0]]:
-        return Finding(
-            Level.FAIL,
-            f"node {listed[0]} is not vm_capable (False); to make it so:"
-            f" gnt-node modify --vm-capable=yes {listed[0]}",
-        )
-    return Finding(Level.OK, f"node {listed[0]} is vm_capable (True)")
+    strangers = []
+    for node in node_names:
+        if node not in capable:
+            strangers.append(node)
+        elif capable[node]:
+            return Finding(Level.OK, f"node {node} is vm_capable (True)")
+        else:
+            return Finding(
+                Level.FAIL,
+                f"node {node} is not vm_capable (False); to make it so:"
+                f" gnt-node modify --vm-capable=yes {node}",
+            )
+    return Finding(
+        Level.WARN,
+        f"node {' or '.join(strangers)} is not listed; taking it for vm_capable"
+        " (compare with: gnt-node list)",
+    )
 
 
 def read_ssconf(path: str) -> str:
@@ -1663,7 +1701,7 @@ def read_ssconf(path: str) -> str:
         return file.read()
 
 
-def judge_cluster(ssconf_dir: str, node_names: list[str]) -> Iterator[Finding]:
+def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Finding]:
     """Judge the cluster's settings, in the order in which the daemon asks for them."""
     judges: dict[str, Callable[[str], Finding]] = {
         "ssconf_hypervisor_list": judge_hypervisors,
@@ -1688,91 +1726,102 @@ def judge_cluster(ssconf_dir: str, node_names: list[str]) -> Iterator[Finding]:
         yield Finding(finding.level, f"{path}: {finding.text}")
 
 
-def names_of_node() -> list[str]:
-    """Return the names that Ganeti may know this node by, the likeliest first."""
+def names_of_node() -> Iterator[str]:
+    """Yield the names that Ganeti may know this node by.
+
+    The fully qualified one comes last, for finding it may take the resolver's time.
+    """
     if "GANETI_HOSTNAME" in os.environ:
-        return [os.environ["GANETI_HOSTNAME"]]
-    return list(dict.fromkeys([socket.getfqdn(), socket.gethostname()]))
+        yield os.environ["GANETI_HOSTNAME"]
+        return
+    yield socket.gethostname()
+    yield socket.getfqdn()
 
 
 # ---- The service: command line -------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the options, all paths absolute; exit with status 2 on wrong usage.
+class Options:
+    """The options, as they are when none is given."""
 
-    `command` among them is what starts the program anew, from any directory.
-    """
+    def __init__(self) -> None:
+        root = os.environ.get("GANETI_ROOTDIR", "")
+        self.foreground = False
+        self.debug = False
+        self.syslog = "no"
+        self.no_user_checks = False
+        self.no_cluster_checks = False
+        self.control_dir = f"{root}/var/run/ganeti/kvm-hypervisor/ctrl"
+        self.pid_file = f"{root}/var/run/ganeti/ganeti-kvmd.pid"
+        self.log_file = f"{root}/var/log/ganeti/kvm-daemon.log"
+        self.ssconf_dir = f"{root}/var/lib/ganeti"
+        self.socket_suffix = "auto"
+        self.rescan_interval = 15.0
+        self.check = False
+
+    def command(self) -> list[str]:
+        """Return what starts the program anew with these options, from anywhere."""
+        return own_command() + [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in vars(self).items()
+            if value != getattr(Options(), name)
+        ]
+
+
+def parse_arguments(arguments: list[str]) -> Options:
+    """Return the options, all paths absolute; exit with status 2 on wrong usage."""
+    options = Options()
+    if not arguments:
+        return options  # as Ganeti has it; argparse takes a fifth of the start's time
     import argparse
 
-    root = os.environ.get("GANETI_ROOTDIR", "")
-    run_dir = f"{root}/var/run/ganeti"
     parser = argparse.ArgumentParser(
         prog=DAEMON_NAME,
         description="Tell Ganeti which KVM instances were shut down by their users.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "-f",
-        "--foreground",
-        action="store_true",
-        help="don't detach; log to stderr as well",
-    )
-    add(
-        "-d",
-        "--debug",
-        action="store_true",
-        help="log debug messages: every QMP message, every watch",
-    )
+    for flags, meaning in [
+        (["-f", "--foreground"], "don't detach; log to stderr as well"),
+        (["-d", "--debug"], "log debug messages: every QMP message, every watch"),
+        (["--no-user-checks"], "don't insist on running as root"),
+        (
+            ["--no-cluster-checks"],
+            "don't ask the cluster's settings; for trials without Ganeti",
+        ),
+        (["--check"], "say what prevents detection on this node, then exit"),
+    ]:
+        add(*flags, action="store_true", help=meaning)
     add(
         "--syslog",
         choices=["no", "yes", "only"],
-        default="no",
-        help="log to syslog as well (yes) or instead (only), but no debug messages",
-    )
-    add(
-        "--no-user-checks",
-        action="store_true",
-        help="don't insist on running as root",
-    )
-    add(
-        "--no-cluster-checks",
-        action="store_true",
-        help="don't ask the cluster's settings; for trials without Ganeti",
+        help="log to syslog as well (yes) or instead (only), but no debug messages"
+        f" (default: {options.syslog})",
     )
     for option, default, meaning in [
-        ("--control-dir", f"{run_dir}/kvm-hypervisor/ctrl", "the monitor sockets"),
-        ("--pid-file", f"{run_dir}/ganeti-kvmd.pid", "the pid file"),
-        ("--log-file", f"{root}/var/log/ganeti/kvm-daemon.log", "the log"),
-        ("--ssconf-dir", f"{root}/var/lib/ganeti", "the cluster's settings"),
+        ("--control-dir", options.control_dir, "the monitor sockets"),
+        ("--pid-file", options.pid_file, "the pid file"),
+        ("--log-file", options.log_file, "the log"),
+        ("--ssconf-dir", options.ssconf_dir, "the cluster's settings"),
     ]:
         add(
             option,
             metavar="PATH",
             type=os.path.abspath,
-            default=default,
-            help=f"{meaning} (default: %(default)s)",
+            help=f"{meaning} (default: {default})",
         )
     add(
         "--socket-suffix",
         choices=list(SUFFIXES),
-        default="auto",
-        help="which monitor socket of an instance to use (default: %(default)s: its"
-        " .kvmd, or its .qmp if there is none)",
+        help="which monitor socket of an instance to use (default:"
+        f" {options.socket_suffix}: its .kvmd, or its .qmp if there is none)",
     )
     add(
         "--rescan-interval",
         metavar="SECONDS",
         type=interval,
-        default=15.0,
         help="how often to look for sockets that no event told of, 0 for never"
-        " (default: %(default)g)",
-    )
-    add(
-        "--check",
-        action="store_true",
-        help="say what prevents detection on this node, then exit",
+        f" (default: {options.rescan_interval:g})",
     )
     add(
         "-V",
@@ -1780,13 +1829,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         action="version",
         version=f"{DAEMON_NAME} (kvmd) version {VERSION}",
     )
-    options = parser.parse_args(arguments)
-    options.command = own_command() + [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in vars(options).items()
-        if value != parser.get_default(name)
-    ]
-    return options
+    return parser.parse_args(arguments, namespace=options)
 
 
 def own_command() -> list[str]:
@@ -2162,7 +2205,7 @@ def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
     )
 
 
-def check_node(options: argparse.Namespace) -> Iterator[Finding]:
+def check_node(options: Options) -> Iterator[Finding]:
     """Judge all that detection on this node hangs on."""
     if not options.no_cluster_checks:
         yield from judge_cluster(options.ssconf_dir, names_of_node())
@@ -2175,7 +2218,7 @@ def check_node(options: argparse.Namespace) -> Iterator[Finding]:
         yield from check_instances(options.control_dir)
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: Options) -> int:
     """Print a line per finding; return 0 if detection works, else 1."""
     works = True
     for finding in check_node(options):
@@ -2189,7 +2232,7 @@ def check(options: argparse.Namespace) -> int:
 # ---- The service: start and end ------------------------------------------------------
 
 
-def is_wanted(options: argparse.Namespace, log: Log) -> bool:
+def is_wanted(options: Options, log: Log) -> bool:
     """Ask the cluster's settings; log the one that speaks against running."""
     for finding in judge_cluster(options.ssconf_dir, names_of_node()):
         if finding.level is Level.WARN:
@@ -2210,7 +2253,7 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def open_log(options: argparse.Namespace) -> Log:
+def open_log(options: Options) -> Log:
     """Return the log as the options want it, the file not open yet."""
     sinks: list[Callable[[str, str], None]] = []
     if options.foreground:
@@ -2225,7 +2268,7 @@ def open_log(options: argparse.Namespace) -> Log:
     return log
 
 
-def serve(options: argparse.Namespace, log: Log, inheritance: Inheritance) -> int:
+def serve(options: Options, log: Log, inheritance: Inheritance) -> int:
     """Run the daemon; return the exit status."""
     detached = options.foreground or inheritance.pid_file is not None
     report = (lambda _problem: None) if detached else detach()
@@ -2242,7 +2285,7 @@ def serve(options: argparse.Namespace, log: Log, inheritance: Inheritance) -> in
             Reactor(options.control_dir, log, notifier, limit),
             SUFFIXES[options.socket_suffix],
             options.rescan_interval,
-            options.command,
+            options.command(),
         )
         daemon.start(inheritance)
         log.info(f"started kvmd {VERSION} for {options.control_dir}")

@@ -393,7 +393,7 @@ def test_node_vm_capable(text: str, level: kvmd.Level) -> None:
 
 def test_ganeti_hostname_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GANETI_HOSTNAME", "node7.example.com")
-    assert kvmd.names_of_node() == ["node7.example.com"]
+    assert list(kvmd.names_of_node()) == ["node7.example.com"]
     monkeypatch.delenv("GANETI_HOSTNAME")
     assert kvmd.names_of_node()[-1] == socket.gethostname()
 
