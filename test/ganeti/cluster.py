@@ -116,8 +116,8 @@ def run_watcher() -> None:
 def running_instance(name: str, *parameters: str) -> Iterator[Instance]:
     """Create and start an instance; remove it at the end."""
     instance = Instance(f"{name}.{DOMAIN}")
-    instance.add(*parameters)
     try:
+        instance.add(*parameters)
         yield instance
     finally:
         instance.remove()
