@@ -23,7 +23,7 @@ class Crowd:
     """QEMUs that take their clients while `serve` runs, and end as they are told."""
 
     def __init__(self, control_dir: Path) -> None:
-        self._control_dir = control_dir
+        self.control_dir = control_dir
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[str, socket.socket] = {}
         #: The connection of each guest whose client has been greeted.
@@ -72,7 +72,7 @@ class Crowd:
     def end(self, name: str) -> None:
         """End a guest without a word."""
         self.crash(name)
-        self._path(name).unlink(missing_ok=True)
+        self.remove_socket(name)
 
     def crash(self, name: str) -> None:
         """End a guest as SIGKILL does; its socket stays."""
@@ -83,9 +83,18 @@ class Crowd:
             self._selector.unregister(listener)
         listener.close()
 
+    def remove_socket(self, name: str) -> None:
+        """Remove what a crashed guest has left, as Ganeti's clean-up may."""
+        self._path(name).unlink(missing_ok=True)
+
+    def drop_clients(self) -> None:
+        """Take note that the daemon is gone."""
+        for name in list(self.clients):
+            self._await_client(name)
+
     def shutdown_file(self, name: str) -> Path:
         """Return what the daemon makes of a user's shutdown."""
-        return self._control_dir / f"{name}.shutdown"
+        return self.control_dir / f"{name}.shutdown"
 
     def close(self) -> None:
         """End all that still run."""
@@ -94,7 +103,7 @@ class Crowd:
         self._selector.close()
 
     def _path(self, name: str) -> Path:
-        return self._control_dir / f"{name}.kvmd"
+        return self.control_dir / f"{name}.kvmd"
 
     def _take(self, name: str) -> None:
         """Greet the guest's new client, or hear what the one it has says."""
@@ -107,10 +116,11 @@ class Crowd:
             with suppress(OSError):  # it may have left already
                 client.send(_GREETING)
         elif not self._hear(self.clients[name]):
-            self._drop(name)
-            self._selector.register(
-                self._listeners[name], selectors.EVENT_READ, name
-            )
+            self._await_client(name)
+
+    def _await_client(self, name: str) -> None:
+        self._drop(name)
+        self._selector.register(self._listeners[name], selectors.EVENT_READ, name)
 
     def _hear(self, client: socket.socket) -> bool:
         try:
