@@ -1511,17 +1511,11 @@ class Daemon:
     def _reconcile(self) -> None:
         """Bring the monitors in line with what is in the directory."""
         try:
-            names = os.listdir(self._reactor.control_dir)
-        except FileNotFoundError:
-            names = []
+            instances = self._list_instances()
         except OSError as error:
             self._log.begin_trouble(UNREADABLE, f"{error.filename}: {error.strerror}")
             return
         self._log.end_trouble(UNREADABLE)
-        # The suffixes hold one dot each, so that an instance's name ends at the last.
-        instances = {
-            name[: name.rindex(".")] for name in names if name.endswith(self._suffixes)
-        } - {""}
         for monitor in list(self._monitors.values()):
             if monitor.phase is Phase.DEAD:
                 self._attend(monitor, Monitor.connect)
@@ -1529,6 +1523,19 @@ class Daemon:
                 self._forget(monitor)
         for instance in instances:
             self._look_for(instance)
+
+    def _list_instances(self) -> set[str]:
+        """Return the instances that the directory's names tell of. Raises OSError."""
+        try:
+            names = os.listdir(self._reactor.control_dir)
+        except FileNotFoundError:
+            return set()
+        return {
+            name[: -len(suffix)]
+            for suffix in self._suffixes
+            for name in names
+            if name.endswith(suffix) and name != suffix
+        }
 
     # Signals.
 
