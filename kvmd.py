@@ -276,7 +276,7 @@ def qemu_version(greeting: object) -> str:
     try:
         version = greeting["version"]["qemu"]  # type: ignore[index]
         numbers = [version[part] for part in ("major", "minor", "micro")]
-    except (TypeError, KeyError, IndexError):
+    except (TypeError, KeyError):
         return "unknown"
     if not all(isinstance(number, int) for number in numbers):
         return "unknown"
