@@ -395,7 +395,7 @@ def test_ganeti_hostname_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GANETI_HOSTNAME", "node7.example.com")
     assert list(kvmd.names_of_node()) == ["node7.example.com"]
     monkeypatch.delenv("GANETI_HOSTNAME")
-    assert kvmd.names_of_node()[-1] == socket.gethostname()
+    assert next(kvmd.names_of_node()) == socket.gethostname()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
