@@ -214,10 +214,13 @@ class Qemu:
         return connection
 
     def _expect_of_guest(self, letter: bytes) -> None:
+        """Wait for an answer; before READY comes that to what ended the last boot."""
         assert self._serial
-        answer = self._serial.recv(1)
-        if answer != letter:
-            raise ValueError(f"the guest said {answer!r}, not {letter!r}")
+        answer = b""
+        while answer != letter:
+            answer = self._serial.recv(1)
+            if not answer:
+                raise EOFError("QEMU has closed the serial port")
 
     def _is_watched(self) -> bool:
         [monitor] = [

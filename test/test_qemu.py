@@ -48,6 +48,7 @@ def is_connected(daemon: Daemon) -> bool:
 def test_verdict_on_the_end_of_a_guest(
     scenario: Scenario, daemon: Daemon, start_qemu: StartQemu, control_dir: Path
 ) -> None:
+    daemon.go_first()
     qemu = start_qemu(*scenario.options)
     daemon.wait_until_connected(INSTANCE)
     scenario.prepare(qemu)
@@ -90,6 +91,7 @@ def test_a_migration_is_no_shutdown_and_its_target_is_watched(
     daemon.wait_until_connected(INSTANCE)
     with control_directory() as other_dir, Daemon(other_dir) as other_daemon:
         uri = f"unix:{control_dir.parent}/migration"
+        other_daemon.go_first()
         with Qemu(other_dir, INSTANCE, "-incoming", uri) as target:
             other_daemon.wait_until_connected(INSTANCE)
             leaving.prepare(source)
@@ -122,8 +124,7 @@ def test_a_new_qemu_among_the_sockets_of_a_killed_one_is_watched(
     daemon.wait_until_connected(INSTANCE, 2)
     qemu.boot()
     power_off(qemu)
-    qemu.wait_until_gone()
-    assert qemu.shutdown_file.exists()
+    wait_until(qemu.shutdown_file.exists, "the shutdown file")
 
 
 def test_a_restarted_daemon_takes_up_instances_that_run(
@@ -137,5 +138,4 @@ def test_a_restarted_daemon_takes_up_instances_that_run(
     daemon.start()
     daemon.wait_until_connected(INSTANCE, 2)
     power_off(qemu)
-    qemu.wait_until_gone()
-    assert qemu.shutdown_file.exists()
+    wait_until(qemu.shutdown_file.exists, "the shutdown file")
