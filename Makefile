@@ -25,7 +25,7 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 	test/check-pythons $(VENV)
 
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
-	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest -m soak --timeout=0 test
+	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) test/check-pythons $(VENV) -m soak --timeout=0
 
 install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
@@ -78,6 +78,8 @@ need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
 need-tests:
+	@python3 -c "import ensurepip" 2>/dev/null || { apt-get update -qq && \
+	apt-get install -qq -y --no-install-recommends python3-venv; }
 	@$(call install-packages,start-stop-daemon,dpkg)
 	@$(call install-packages,mandoc,mandoc)
 	@$(call install-packages,man,man-db)
