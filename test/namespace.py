@@ -16,6 +16,11 @@ def interpreter_after(commands: str) -> tuple[str, ...]:
     return (*_ENTER, f'{commands}; exec "$@"', "sh", *INTERPRETER)
 
 
+def interpreter_on_tmpfs(directory: Path, options: str) -> tuple[str, ...]:
+    """Return an interpreter that has a tmpfs of its own at the directory, as /run is."""
+    return interpreter_after(f"mount -t tmpfs -o {options} kvmd-test {directory}")
+
+
 def run_beside(daemon: Daemon, command: str) -> None:
     """Run a shell command in the namespace of a daemon."""
     subprocess.run(

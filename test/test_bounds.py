@@ -16,7 +16,12 @@ from crowd import Crowd
 from daemon import INSTANCE, INTERPRETER, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
-from namespace import interpreter_after, run_beside
+from namespace import (
+    interpreter_after,
+    interpreter_on_tmpfs,
+    run_beside,
+    seen_by,
+)
 from status import status_table
 from variant import program_with
 
@@ -157,10 +162,13 @@ def test_hundreds_of_instances_end_at_once_and_leave_nothing(
 
 @pytest.mark.soak
 def test_four_thousand_instances_end_at_once_and_leave_nothing(
-    control_dir: Path, crowd: Crowd
+    control_dir: Path,
 ) -> None:
     program = program_with(control_dir.parent, AS_ON_A_NODE)
-    with Daemon(control_dir, program=program) as daemon:
+    interpreter = interpreter_on_tmpfs(control_dir, "size=1m")
+    with Daemon(
+        control_dir, program=program, interpreter=interpreter
+    ) as daemon, Crowd(seen_by(daemon, control_dir)) as crowd:
         before = descriptors(daemon)
         end_all_at_once(daemon, crowd, 4000)
         assert descriptors(daemon) == before

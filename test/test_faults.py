@@ -16,7 +16,11 @@ import pytest
 from daemon import INSTANCE, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
-from namespace import interpreter_after, run_beside, seen_by
+from namespace import (
+    interpreter_on_tmpfs,
+    run_beside,
+    seen_by,
+)
 from status import status_table, wait_for_status
 from variant import program_with
 
@@ -201,11 +205,6 @@ def test_the_file_of_a_guest_that_is_down_stays(
 # ---- When it can't be written --------------------------------------------------------
 
 
-def mounted(control_dir: Path, options: str) -> tuple[str, ...]:
-    """Return an interpreter that finds a file system of its own at the directory."""
-    return interpreter_after(f"mount -t tmpfs -o {options} kvmd-test {control_dir}")
-
-
 def use_up_inodes(directory: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         for number in itertools.count():
@@ -221,7 +220,7 @@ def fill(path: Path) -> None:
 
 def test_a_full_file_system_has_room_for_an_empty_file(control_dir: Path) -> None:
     with Daemon(
-        control_dir, interpreter=mounted(control_dir, "size=64k,nr_inodes=50")
+        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "size=64k,nr_inodes=50")
     ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
         connect(daemon, qemu)
         fill(qemu.path.with_name("filler"))
@@ -232,7 +231,7 @@ def test_a_full_file_system_has_room_for_an_empty_file(control_dir: Path) -> Non
 
 def test_without_inodes_it_tries_until_there_is_one(control_dir: Path) -> None:
     with Daemon(
-        control_dir, interpreter=mounted(control_dir, "nr_inodes=9")
+        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
     ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
         connect(daemon, qemu)
         use_up_inodes(qemu.path.parent)
@@ -252,7 +251,7 @@ def test_on_a_read_only_file_system_it_tries_until_it_is_none(
     control_dir: Path,
 ) -> None:
     with Daemon(
-        control_dir, interpreter=mounted(control_dir, "size=64k")
+        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "size=64k")
     ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
         connect(daemon, qemu)
         run_beside(daemon, f"mount -o remount,ro {control_dir}")
@@ -267,7 +266,7 @@ def test_on_a_read_only_file_system_it_tries_until_it_is_none(
 
 def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> None:
     with Daemon(
-        control_dir, interpreter=mounted(control_dir, "nr_inodes=9")
+        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
     ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu, FakeQemu(
         seen_by(daemon, control_dir), INSTANCE
     ) as successor:
@@ -292,7 +291,7 @@ def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> N
 
 def test_a_pending_verdict_outlives_its_instances_socket(control_dir: Path) -> None:
     with Daemon(
-        control_dir, interpreter=mounted(control_dir, "nr_inodes=9")
+        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
     ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
         connect(daemon, qemu)
         filler = qemu.path.parent / "file0"
@@ -314,7 +313,7 @@ def test_a_full_log_file_system_loses_lines_and_nothing_else(
 ) -> None:
     log_dir = control_dir.parent / "log"
     log_dir.mkdir()
-    interpreter = interpreter_after(f"mount -t tmpfs -o size=16k none {log_dir}")
+    interpreter = interpreter_on_tmpfs(log_dir, "size=16k")
     daemon = Daemon(
         *(control_dir, "--log-file", str(log_dir / "kvmd.log")), interpreter=interpreter
     )
