@@ -406,7 +406,7 @@ class Log:
         """Log to a file, if there is a path, and to sinks: calls with level, line."""
         self.path = path
         self.debugging = False
-        self._sinks = sinks
+        self.sinks = sinks
         self._fd: int | None = None
         self._troubles: set[str] = set()
 
@@ -469,7 +469,7 @@ class Log:
         )
         if self._fd is not None:
             write_line(self._fd, line)
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink(level, line)
 
 
@@ -558,7 +558,9 @@ def create_shutdown_file(path: str, log: Log) -> str:
             mode = os.lstat(path).st_mode
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 return "present"
-            log.warning(f"{path}: removing what stands there instead of a file")
+            log.warning(
+                f"{path}: removing what is no file, in the shutdown file's place"
+            )
             os.unlink(path)
         else:
             return "created"
@@ -633,8 +635,8 @@ class Phase(enum.Enum):
     WAITING = "waiting for a file descriptor"
     #: Connected, and not greeted yet: QEMU is starting, or has another client.
     AWAITING_GREETING = "awaiting greeting"
-    #: Not greeted for so long that a warning was due.
-    SILENT = "connected without a greeting"
+    #: Not greeted for so long that a warning was due; still connected or trying to.
+    SILENT = "not greeted"
     CONNECTED = "connected"
     #: Nobody listens; only the rescan tries again.
     DEAD = "dead"
@@ -642,6 +644,10 @@ class Phase(enum.Enum):
     ENDED = "ended"
     #: There is no socket of this name.
     GONE = "gone"
+
+
+#: The phases in which a monitor without a connection tries to get one.
+ATTEMPTING = {Phase.SETTLING, Phase.CONNECTING, Phase.WAITING, Phase.SILENT}
 
 
 class Reactor:
@@ -827,10 +833,15 @@ class Monitor:
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
             return
+        patient = time.monotonic() - self.since < PATIENCE
         if error.errno == errno.EAGAIN:
             # The backlog is full: somebody does listen.
-            self._enter(Phase.CONNECTING)
-        if time.monotonic() - self.since < PATIENCE:
+            if self.phase is Phase.DEAD:
+                self._enter(Phase.CONNECTING)
+            elif self.phase is Phase.CONNECTING and not patient:
+                self._warn_of_silence()
+            patient = True
+        if patient:
             self._reactor.set_timer(self, self._delay)
             self._delay = min(2 * self._delay, LONGEST_DELAY)
         elif self.phase is not Phase.DEAD:
@@ -854,18 +865,21 @@ class Monitor:
 
     def on_timer(self) -> None:
         """Do what the timer was set for."""
-        if self.phase in {Phase.SETTLING, Phase.CONNECTING, Phase.WAITING}:
-            if self.phase is not Phase.CONNECTING:
+        if self.phase is Phase.AWAITING_GREETING:
+            self._warn_of_silence()
+        elif self._socket is None and self.phase in ATTEMPTING:
+            if self.phase in {Phase.SETTLING, Phase.WAITING}:
                 self._enter(Phase.CONNECTING)
             self.connect()
-        elif self.phase is Phase.AWAITING_GREETING:
-            self.phase = Phase.SILENT
-            self._warn(
-                f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one"
-                " client at a time, and another one may be connected"
-            )
         if self._unwritten is not None:
             self._write_file()
+
+    def _warn_of_silence(self) -> None:
+        self.phase = Phase.SILENT
+        self._warn(
+            f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one client"
+            " at a time, and another one may be connected"
+        )
 
     def on_removed(self) -> None:
         """Note that the socket's name is gone: what stands there next is new."""
@@ -1190,7 +1204,7 @@ SUFFIXES = {
     ".qmp": (".qmp",),
 }
 
-NO_INOTIFY = "inotify is not to be had"
+NO_INOTIFY = "inotify does not work"
 UNSETTLED = "the control directory's path can't be watched as a whole"
 UNREADABLE = "the control directory can't be read"
 
@@ -1257,6 +1271,10 @@ class Daemon:
         )
         self._take_over(inheritance)
         self.rescan()
+        if self._watch is not None and self._watch.target is None:
+            self._log.info(
+                f"waiting for {self._reactor.control_dir}, which does not exist yet"
+            )
         self._keep_state()
 
     def _take_over(self, inheritance: Inheritance) -> None:
@@ -1276,7 +1294,7 @@ class Daemon:
                 " connecting anew"
             )
         elif records:
-            self._log.info(f"taking over {len(records)} instances")
+            self._log.info(f"taking over instances: {len(records)}")
         inheritance.close_rest()
 
     def run(self) -> None:
@@ -1442,8 +1460,16 @@ class Daemon:
             self._log.end_trouble(OUT_OF_DESCRIPTORS)
 
     def _plan_rescan(self) -> None:
-        reliable = self._watch is not None and self._watch.settled
-        interval = self._rescan_interval if reliable else POLL_INTERVAL
+        interval = POLL_INTERVAL
+        if self._watch is not None and self._watch.settled:
+            interval = self._rescan_interval
+            self._log.end_trouble(UNSETTLED)
+        elif self._watch is not None:
+            self._log.begin_trouble(
+                UNSETTLED,
+                f"looking at {self._reactor.control_dir} every second instead (a part"
+                " of its path may not be read, or is renamed all the time)",
+            )
         self._next_rescan = time.monotonic() + interval
 
     def _lose_watch(self, error: OSError) -> None:
@@ -1513,7 +1539,11 @@ class Daemon:
         try:
             instances = self._list_instances()
         except OSError as error:
-            self._log.begin_trouble(UNREADABLE, f"{error.filename}: {error.strerror}")
+            self._log.begin_trouble(
+                UNREADABLE,
+                f"{error.filename}: {error.strerror}; new instances are not found until"
+                " it can",
+            )
             return
         self._log.end_trouble(UNREADABLE)
         for monitor in list(self._monitors.values()):
@@ -1590,7 +1620,9 @@ class Daemon:
             self._log.info("restarting in place")
             os.execv(self._command[0], self._command)
         except OSError as error:
-            self._log.error(f"cannot restart in place: {error}; going on")
+            self._log.error(
+                f"cannot restart in place: {error}; going on with version {VERSION}"
+            )
         if state is not None:
             os.close(state)
         for fd in [pid_file, *self.descriptors()]:
@@ -1685,6 +1717,8 @@ def judge_vm_capable(text: str, node_names: Iterable[str]) -> Finding:
         capable[node] = value == "True"
     strangers = []
     for node in node_names:
+        if node in strangers:
+            continue
         if node not in capable:
             strangers.append(node)
         elif capable[node]:
@@ -1889,7 +1923,9 @@ class PidFile:
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
         except OSError as error:
-            raise StartError(f"cannot write the pid file {path}: {error}") from error
+            raise StartError(
+                f"cannot write the pid file {path}: {error.strerror}"
+            ) from error
 
     def _lock(self) -> int:
         """Return a descriptor of the locked file, which is the one at the path."""
@@ -2321,7 +2357,9 @@ def main() -> int:
     try:
         log.open()
     except OSError as error:
-        problem = f"cannot open the log file: {error}"
+        problem = f"cannot open the log file {error.filename}: {error.strerror}"
+        if not options.foreground:
+            log.sinks.append(stderr_sink)
     if not options.no_cluster_checks and not is_wanted(options, log):
         if inheritance.pid_file is not None:
             PidFile(options.pid_file, inheritance.pid_file).remove()

@@ -111,7 +111,7 @@ def test_a_socket_that_is_bound_before_it_listens_is_connected(
     power_off(daemon, fake_qemu)
 
 
-def test_a_full_backlog_is_waited_for_without_a_word(
+def test_a_full_backlog_is_told_of_once_and_waited_for(
     control_dir: Path, fake_qemu: FakeQemu, make_fake_qemu: StartFakeQemu
 ) -> None:
     fake_qemu.listen()
@@ -119,15 +119,16 @@ def test_a_full_backlog_is_waited_for_without_a_word(
     program = program_with(control_dir.parent, IMPATIENT)
     with Daemon(control_dir, RESCAN, program=program) as daemon:
         wait_for_status(daemon, SOCKET, "connecting")
+        daemon.wait_for_log(f" WARNING {INSTANCE}: no greeting on .*{SOCKET}")
         wait_for_rescan(daemon, make_fake_qemu("refusing"))
-        assert status_table(daemon)[SOCKET] == "connecting"
+        assert status_table(daemon)[SOCKET] == "not greeted"
         for client in clients:
             fake_qemu.accept()
             fake_qemu.disconnect()
             client.close()
         fake_qemu.negotiate()
         power_off(daemon, fake_qemu)
-        assert " WARNING " not in daemon.log
+        assert daemon.log.count(" WARNING ") == 1
         daemon.stop()
 
 
