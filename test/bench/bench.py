@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from measures import MEASURES, ONCE, Load
+from measures import DAEMON_CPUS, LOAD_CPU, MEASURES, ONCE, Load
 from subjects import (
     HERE,
     PREPARATIONS,
@@ -258,6 +258,7 @@ def main() -> int:
         directory = Path(name)
         subjects = prepare(options.subject or list(PREPARATIONS), directory)
         enter_node(directory)
+        os.sched_setaffinity(0, DAEMON_CPUS or [LOAD_CPU])
         results = measure_all(
             subjects, options.only or list(MEASURES), options.repetitions
         )
