@@ -1426,9 +1426,10 @@ class Daemon:
             return
         if monitor is None:
             self._start(instance, suffix)
+        elif (suffix, identity) == (monitor.suffix, monitor.identity):
+            pass
         elif suffix in (monitor.suffix, self._suffixes[0]) or monitor.is_idle():
-            if (suffix, identity) != (monitor.suffix, monitor.identity):
-                self._start(instance, suffix)
+            self._start(instance, suffix)
 
     def _instance_of(self, name: str) -> str | None:
         """Return the instance that a file name in the directory tells of."""
@@ -1570,7 +1571,11 @@ class Daemon:
     # Signals.
 
     def _on_signals(self) -> None:
-        for number in set(os.read(self._signals, 4096)):
+        try:
+            numbers = set(os.read(self._signals, 4096))
+        except BlockingIOError:
+            return
+        for number in numbers:
             self._actions[signal.Signals(number)]()
 
     def try_new_program(self) -> None:
@@ -1578,6 +1583,7 @@ class Daemon:
         if self._trial is not None:
             os.kill(self._trial, signal.SIGKILL)
             os.waitpid(self._trial, 0)
+            self._trial = None
         quietly = [
             (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)
         ]
@@ -1590,11 +1596,12 @@ class Daemon:
             self._log.error(f"not restarting: {command[0]}: {error.strerror}")
 
     def _end_trial(self) -> None:
-        if self._trial is None:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
             return
-        pid, status = os.waitpid(self._trial, os.WNOHANG)
-        if pid == 0:
-            return
+        if pid != self._trial:
+            return  # a trial that was given up, by this program or the one before
         self._trial = None
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
@@ -1611,7 +1618,10 @@ class Daemon:
         The connections, the locked pid file and the state go along. Signals wait.
         """
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        self._on_signals()  # what has come before they were blocked
         self.restarting = False
+        if self.stopping:
+            return
         state = None
         try:
             state = write_state_file(self.export(pid_file))
