@@ -40,7 +40,7 @@ LOG_FILE = Path("/var/log/ganeti/kvm-daemon.log")
 
 # Seconds that one command may take, and that a condition may take to come true.
 COMMAND_LIMIT = 120
-PATIENCE = 20
+PATIENCE = 60
 
 
 def expect(what: str, actual: object, wanted: object) -> None:
