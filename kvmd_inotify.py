@@ -116,9 +116,10 @@ SELF = IN_DELETE_SELF | IN_MOVE_SELF
 TARGET = SELF | IN_CREATE | IN_MOVED_TO | IN_DELETE | IN_MOVED_FROM
 #: The deepest parent there is, while the next part of the path is missing.
 AWAITING = SELF | IN_CREATE | IN_MOVED_TO
-#: The directory's parent: the kernel sends no IN_DELETE_SELF for a removed directory
-#: as long as any process holds it open.
-HOLDING = SELF | IN_DELETE | IN_MOVED_FROM
+#: The parent of either: the kernel sends no IN_DELETE_SELF for a directory that was
+#: removed, or replaced by a rename, as long as any process holds it open. Parents
+#: further up can't be removed before it is.
+HOLDING = SELF | IN_DELETE | IN_MOVED_FROM | IN_MOVED_TO
 
 #: Errors that mean: no directory to be watched here, go on with its parent.
 UNWATCHABLE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES}
@@ -225,8 +226,8 @@ class DirectoryWatch:
             else:
                 if mask == TARGET:
                     target = wd
+                mask = SELF if below else HOLDING
                 below.setdefault(wd, name)
-                mask = HOLDING if mask == TARGET else SELF
             if directory == "/":
                 return target, below, permitted
             directory, name = os.path.split(directory)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from daemon import INTERPRETER, Daemon
 from deadline import SECONDS
 
@@ -36,3 +41,49 @@ def run_beside(daemon: Daemon, command: str) -> None:
 def seen_by(daemon: Daemon, path: Path) -> Path:
     """Return a path as the daemon's namespace has it."""
     return Path(f"/proc/{daemon.pid}/root{path}")
+
+
+CLONE_NEWNS = 0x20000
+CLONE_NEWUSER = 0x10000000
+
+
+def call_in_process(function: Callable[[], None]) -> None:
+    """Call a function in a process of its own, whose failures are this one's too."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader) as report:
+        text = report.read()
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, text
+
+
+def call_in_namespace(function: Callable[[], None]) -> None:
+    """Call a function in a process with user and mount namespaces of its own.
+
+    There it is root, and what it mounts or limits is its own affair.
+    """
+    if subprocess.run([*_ENTER, "true"], check=False).returncode != 0:
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up("no user and mount namespaces are to be had")
+
+    def enter_and_call() -> None:
+        uid, gid = os.geteuid(), os.getegid()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0:
+            raise OSError(ctypes.get_errno(), "unshare")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+        function()
+
+    call_in_process(enter_and_call)
