@@ -335,6 +335,11 @@ class Protocol:
         ]
         return [message for message in messages if message is not None]
 
+    @property
+    def remainder(self) -> tuple[bytes, bool]:
+        """What is kept of a line that goes on, and whether the line is overlong."""
+        return self._unfinished, self._overlong
+
     def export(self) -> dict[str, object]:
         """Return what is known of the connection for the state file."""
         return {
@@ -512,10 +517,13 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.settimeout(self.PATIENCE)
 
-    def send(self, *assignments: str, fds: Sequence[int] = ()) -> None:
-        """Send lines like READY=1, and descriptors with them."""
+    def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
+        """Send lines like READY=1, and descriptors with them; tell whether that worked.
+
+        Nothing else that is done here depends on it.
+        """
         if not self.is_wanted:
-            return
+            return False
         message = ["\n".join(assignments).encode()]
         # Not socket.send_fds: that drops the address.
         packed = struct.pack(f"{len(fds)}i", *fds)
@@ -523,7 +531,10 @@ class Notifier:
         try:
             self._socket.sendmsg(message, rights, 0, self._address)
         except OSError:
-            pass  # it is gone or stuck: nothing that is done here depends on it
+            self._socket.settimeout(0)  # gone or stuck: don't wait again until it works
+            return False
+        self._socket.settimeout(self.PATIENCE)
+        return True
 
     def send_status(self, status: str) -> None:
         """Send what `systemctl status` is to show, if it has changed."""
@@ -531,9 +542,9 @@ class Notifier:
             self._status = status
             self.send(f"STATUS={status}")
 
-    def store(self, name: str, fd: int) -> None:
+    def store(self, name: str, fd: int) -> bool:
         """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
-        self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+        return self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
 
     def discard(self, name: str) -> None:
         """Have a descriptor kept no longer."""
@@ -655,7 +666,8 @@ class Reactor:
 
     Where a service manager keeps the state against a crash, what is read of a
     connection is only looked at (MSG_PEEK) until the state that follows from it is
-    kept: a daemon that is killed in between leaves it to be read again.
+    kept: a daemon that is killed before leaves it to be read again. The state holds it
+    as well, so that it is not read again if the daemon is killed right afterwards.
     """
 
     def __init__(
@@ -666,8 +678,8 @@ class Reactor:
         self.notifier = notifier
         self.selector = selectors.DefaultSelector()
         self.receive_flags = socket.MSG_PEEK if notifier.is_wanted else 0
-        #: Monitors that have looked at so many bytes without taking them out.
-        self.unconsumed: list[tuple[Monitor, int]] = []
+        #: Monitors that have looked at something without taking it out.
+        self.unconsumed: list[Monitor] = []
         #: Some monitor's state is not what was kept last.
         self.changed = False
         #: Has the state kept, and takes out what was looked at.
@@ -727,6 +739,7 @@ class Monitor:
         "_protocol",
         "_reactor",
         "_socket",
+        "_unconsumed",
         "_unwritten",
         "_version",
         "due",
@@ -753,6 +766,8 @@ class Monitor:
         self._socket: socket.socket | None = None
         self._protocol: Protocol | None = None
         self._version: str | None = None
+        #: What was looked at last, and is not taken out of the socket yet.
+        self._unconsumed = b""
         #: The ruling whose file could not be written yet, and its event's time.
         self._unwritten: tuple[Ruling, float | None] | None = None
 
@@ -818,16 +833,15 @@ class Monitor:
             connection.send(COMMANDS)
         except OSError:
             pass  # the peer has closed already, and its last words may wait to be read
-        self._adopt(connection)
+        self._adopt(connection, Protocol())
         self._reactor.notifier.store(connection_name(connection), connection.fileno())
         self._enter(Phase.AWAITING_GREETING)
         self._reactor.expect_greeting(self)
 
-    def _adopt(self, connection: socket.socket) -> Protocol:
+    def _adopt(self, connection: socket.socket, protocol: Protocol) -> None:
         self._socket = connection
-        self._protocol = Protocol()
+        self._protocol = protocol
         self._reactor.selector.register(connection, selectors.EVENT_READ, self)
-        return self._protocol
 
     def _wait_for_listener(self, error: OSError) -> None:
         if error.errno == errno.ENOENT:
@@ -888,9 +902,9 @@ class Monitor:
     def finish(self) -> None:
         """Read what is left on the connection, and close it for good."""
         for _ in range(LAST_READS):
+            self._reactor.keep_state()  # takes out what was looked at before
             if not self.receive():
                 break
-            self._reactor.keep_state()
         self._disconnect()
         self.due = None
 
@@ -909,23 +923,26 @@ class Monitor:
         if self._reactor.receive_flags:
             # A line that goes on is left to the kernel.
             data = data[: data.rfind(b"\n") + 1] or data
-            self._reactor.unconsumed.append((self, len(data)))
+            self._unconsumed = data
+            self._reactor.unconsumed.append(self)
         if self._reactor.log.debugging:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
-        complaint = self._protocol.complaint
+        complaint, remainder = self._protocol.complaint, self._protocol.remainder
         for message in self._protocol.receive(data):
             self._take(message)
+        self._reactor.changed |= self._protocol.remainder != remainder
         if self._protocol.complaint != complaint:
             self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
         if not data:
             self._end()
         return bool(data)
 
-    def consume(self, count: int) -> None:
-        """Take out of the kernel's buffer what was only looked at before."""
-        if self._socket is not None and count:
-            self._socket.recv(count)
+    def consume(self) -> None:
+        """Take out of the socket what was only looked at before."""
+        if self._socket is not None and self._unconsumed:
+            self._socket.recv(len(self._unconsumed))
+        self._unconsumed = b""
 
     def _take(self, message: Greeting | Status | Event) -> None:
         ruling, timestamp = None, None
@@ -1049,6 +1066,7 @@ class Monitor:
             "qemu": self._version,
             "guest": self.state.export(),
             "protocol": self._protocol and self._protocol.export(),
+            "unconsumed": self._unconsumed.decode("latin-1"),
             "unwritten": unwritten,
         }
 
@@ -1068,16 +1086,30 @@ class Monitor:
             ruling, timestamp = record["unwritten"]
             monitor._unwritten = (Ruling.restore(ruling), timestamp)
         if connection is not None:
-            monitor._adopt(connection).restore(record["protocol"])
+            protocol = Protocol()
+            protocol.restore(record["protocol"])
             monitor._version = record["qemu"]
             monitor.phase = Phase(record["phase"])
             monitor.since = record["since"]
+            monitor._unconsumed = record["unconsumed"].encode("latin-1")
+            monitor._adopt(connection, protocol)
+            monitor._skip_unconsumed()
             reactor.expect_greeting(monitor)
         elif monitor.state.ruling is not None:
             monitor.phase = Phase.ENDED
         if connection is None or monitor._unwritten is not None:
             reactor.set_timer(monitor, FIRST_DELAY)
         return monitor
+
+    def _skip_unconsumed(self) -> None:
+        """Take out what the state accounts for, if the daemon before did not."""
+        count = len(self._unconsumed)
+        try:
+            looked_at = self._socket and self._socket.recv(count, socket.MSG_PEEK)
+        except OSError:
+            looked_at = None
+        if looked_at == self._unconsumed:
+            self.consume()
 
     def describe(self) -> str:
         """Return the monitor's line of the status table."""
@@ -1135,28 +1167,32 @@ class Inheritance:
     """
 
     def __init__(self) -> None:
-        """Find them, and close all else that was left open but 0 to 2."""
+        """Find them above 2, and close all else there."""
         #: Connections by their name (`connection_name`).
-        self.connections: dict[str, int] = {}
+        self.connections: dict[str, socket.socket] = {}
         #: The newest state, {} if there is none.
         self.state: dict[str, Any] = {}
         #: Why a state could not be read.
         self.problem: Exception | None = None
         others = []
         for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd <= 2:
+                continue
             try:
                 target = os.readlink(f"/proc/self/fd/{fd}")
             except FileNotFoundError:
                 continue  # it was the listing's own
             if target.startswith("socket:["):
-                self.connections[f"connection-{target[8:-1]}"] = fd
-            elif target.startswith(f"/memfd:{STATE_NAME}"):
+                connection = socket.socket(fileno=fd)
+                connection.setblocking(False)
+                connection.set_inheritable(False)
+                self.connections[connection_name(connection)] = connection
+                continue
+            if target.startswith(f"/memfd:{STATE_NAME}"):
                 self._read_state(fd)
-                others.append(fd)
-            else:
-                others.append(fd)
+            others.append(fd)
         for fd in others:
-            if fd > 2 and fd != self.pid_file:
+            if fd != self.pid_file:
                 os.close(fd)
 
     def _read_state(self, fd: int) -> None:
@@ -1164,7 +1200,7 @@ class Inheritance:
             state = read_state_file(fd)
             if state["serial"] > self.state.get("serial", -1):
                 self.state = state
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # it may hold anything
             self.problem = error
 
     @property
@@ -1172,22 +1208,6 @@ class Inheritance:
         """The locked pid file, if this process itself was the earlier daemon."""
         same_process = self.state.get("pid") == os.getpid()
         return self.state.get("pid_file") if same_process else None
-
-    def take(self, name: str | None) -> socket.socket | None:
-        """Return a connection by its name, once. Raises OSError."""
-        if name not in self.connections:
-            return None
-        connection = socket.socket(fileno=self.connections.pop(name))
-        connection.setblocking(False)
-        connection.set_inheritable(False)
-        return connection
-
-    def close_rest(self) -> None:
-        """Close the connections that nobody has taken."""
-        for fd in self.connections.values():
-            if fd > 2:
-                os.close(fd)
-        self.connections.clear()
 
 
 # ---- The daemon ----------------------------------------------------------------------
@@ -1207,6 +1227,7 @@ SUFFIXES = {
 NO_INOTIFY = "inotify does not work"
 UNSETTLED = "the control directory's path can't be watched as a whole"
 UNREADABLE = "the control directory can't be read"
+UNKEPT = "the state can't be kept against a crash"
 
 
 def catch_signals(numbers: list[signal.Signals]) -> int:
@@ -1252,6 +1273,7 @@ class Daemon:
         self.stopping = False
         #: The program is to be replaced by the one now installed.
         self.restarting = False
+        #: Counts the states that were kept, also by the daemons before.
         self._serial = 0
         reactor.keep_state = self._keep_state
         self._actions = {
@@ -1280,13 +1302,17 @@ class Daemon:
     def _take_over(self, inheritance: Inheritance) -> None:
         """Go on where an earlier daemon ended."""
         problem = inheritance.problem
-        records = inheritance.state.get("monitors", [])
+        records = [] if problem else inheritance.state.get("monitors", [])
+        connections = inheritance.connections
         try:
+            self._serial = inheritance.state.get("serial", 0)
             for record in records:
-                connection = inheritance.take(record["connection"])
+                name = record["connection"]
+                connection = connections.get(name)
                 monitor = Monitor.restore(record, connection, self._reactor)
                 self._monitors[monitor.instance] = monitor
-        except (KeyError, TypeError, ValueError) as error:
+                connections.pop(name, None)
+        except Exception as error:  # it may hold anything
             problem = error
         if problem is not None:
             self._log.warning(
@@ -1295,7 +1321,10 @@ class Daemon:
             )
         elif records:
             self._log.info(f"taking over instances: {len(records)}")
-        inheritance.close_rest()
+        # What nobody knows of would keep QEMU from taking another connection.
+        for name, connection in connections.items():
+            self._notifier.discard(name)
+            connection.close()
 
     def run(self) -> None:
         """Do the work until a signal ends it, or asks for another program."""
@@ -1330,22 +1359,31 @@ class Daemon:
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""
         if self._reactor.changed and self._notifier.is_wanted:
-            state = write_state_file(self.export())
-            serial = time.monotonic_ns()
-            self._notifier.store(f"state-{serial}", state)
-            os.close(state)
-            self._notifier.discard(f"state-{self._serial}")
-            self._serial = serial
-        self._reactor.changed = False
-        for monitor, count in self._reactor.unconsumed:
-            monitor.consume(count)
+            self._reactor.changed = not self._store_state()
+        for monitor in self._reactor.unconsumed:
+            monitor.consume()
         self._reactor.unconsumed.clear()
+
+    def _store_state(self) -> bool:
+        """Replace the older one of the two states that the service manager keeps."""
+        self._serial += 1
+        try:
+            state = write_state_file(self.export())
+        except OSError as error:
+            self._log.begin_trouble(UNKEPT, f"{error.strerror}; trying again")
+            return False
+        self._log.end_trouble(UNKEPT)
+        name = f"state-{self._serial % 2}"
+        self._notifier.discard(name)
+        is_kept = self._notifier.store(name, state)
+        os.close(state)
+        return is_kept
 
     def export(self, pid_file: int | None = None) -> dict[str, object]:
         """Return the state for a state file."""
         return {
             "version": STATE_VERSION,
-            "serial": time.monotonic_ns(),
+            "serial": self._serial,
             "pid": os.getpid(),
             "pid_file": pid_file,
             "monitors": [
