@@ -880,7 +880,9 @@ class Monitor:
     def on_timer(self) -> None:
         """Do what the timer was set for."""
         if self.phase is Phase.AWAITING_GREETING:
-            self._warn_of_silence()
+            # The timer may be that of a file to be written.
+            if self.since + PATIENCE <= time.monotonic():
+                self._warn_of_silence()
         elif self._socket is None and self.phase in ATTEMPTING:
             if self.phase in {Phase.SETTLING, Phase.WAITING}:
                 self._enter(Phase.CONNECTING)

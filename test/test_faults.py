@@ -470,6 +470,42 @@ def test_what_had_arrived_counts_though_the_peer_left_something_unread(
     assert fake_qemu.shutdown_file.exists()
 
 
+def test_a_pending_file_makes_no_peer_look_silent(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_path: str) -> str:
+        raise OSError(errno.EROFS, "patched")
+
+    monkeypatch.setattr(kvmd, "remove_shutdown_file", fail)
+    fake_qemu.listen()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    fake_qemu.negotiate()
+    while monitor.phase is not kvmd.Phase.CONNECTED:
+        monitor.receive()
+    fake_qemu.disconnect()
+    while monitor.receive():
+        pass
+    monitor.on_timer()  # connects, and tries to remove the file
+    monitor.on_timer()
+    assert monitor.phase is kvmd.Phase.AWAITING_GREETING
+    monitor.finish()
+
+
+def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.bind()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    monitor.state.on_event("POWERDOWN", None)
+    monitor.connect()
+    assert monitor.state.powerdown_requested
+    os.utime(fake_qemu.path, ns=(0, 0))  # as of another file with that inode number
+    monitor.connect()
+    assert not monitor.state.powerdown_requested
+
+
 # ---- Time ----------------------------------------------------------------------------
 
 
