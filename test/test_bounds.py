@@ -211,7 +211,8 @@ def test_the_descriptor_limit_is_raised_as_far_as_it_goes(control_dir: Path) -> 
         daemon.stop()
 
 
-NO_INOTIFY = r" WARNING inotify is not to be had: .*fs\.inotify\.max_user_{}"
+NO_INOTIFY = r" WARNING inotify .*raise the sysctls.* fs\.inotify\.max_user_{}"
+INOTIFY_AGAIN = r" INFO inotify .*: it is over"
 
 
 def limit(what: str, number: int) -> str:
@@ -234,7 +235,7 @@ def test_without_inotify_it_looks_every_second_and_goes_back(
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         assert " verdict=user " in daemon.wait_for_verdict(INSTANCE)
         run_beside(daemon, limit(what, 1000))
-        daemon.wait_for_log(" INFO inotify is not to be had: it is over")
+        daemon.wait_for_log(INOTIFY_AGAIN)
         later.listen()
         daemon.wait_for_log(" watch: created later.kvmd")
         later.negotiate()
@@ -256,17 +257,20 @@ def test_watches_that_run_out_on_the_way_are_fallen_back_from(
         fake_qemu.negotiate()
         daemon.wait_until_connected(INSTANCE)
         run_beside(daemon, limit("watches", 1000))
-        daemon.wait_for_log(" INFO inotify is not to be had: it is over")
+        daemon.wait_for_log(INOTIFY_AGAIN)
         daemon.stop()
 
 
 # ---- Idle ----------------------------------------------------------------------------
 
 
-def test_an_idle_daemon_sleeps(control_dir: Path, fake_qemu: FakeQemu) -> None:
+@pytest.mark.parametrize("interval", [0, 1000])
+def test_an_idle_daemon_sleeps(
+    control_dir: Path, fake_qemu: FakeQemu, interval: int
+) -> None:
     program = program_with(control_dir.parent, "kvmd.PATIENCE = 0.2")
     with Daemon(
-        control_dir, "--rescan-interval=0", program=program
+        control_dir, f"--rescan-interval={interval}", program=program
     ) as daemon, FakeQemu(control_dir, "dead") as dead, FakeQemu(
         control_dir, "silent"
     ) as silent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
@@ -239,11 +240,32 @@ def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
 
 
 def test_a_symlink_in_the_place_of_the_pid_file_is_not_followed(node: Node) -> None:
-    precious = node.directory / "precious"
-    precious.write_text("precious")
-    node.pid_file.symlink_to(precious)
+    target = node.directory / "target"
+    node.pid_file.symlink_to(target)
     assert node.run().returncode == 1
-    assert precious.read_text() == "precious"
+    assert not target.exists()
+    target.write_text("precious")
+    assert node.run().returncode == 1
+    assert target.read_text() == "precious"
+
+
+def test_a_pid_file_removed_by_its_holder_just_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pid"
+    path.write_text("42\n")
+    lockf = fcntl.lockf
+
+    def end_the_holder_and_lock(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        lockf(fd, operation)
+
+    monkeypatch.setattr(kvmd.fcntl, "lockf", end_the_holder_and_lock)
+    pid_file = kvmd.PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    assert os.path.samestat(os.fstat(pid_file.fd), path.stat())
+    os.close(pid_file.fd)
 
 
 def test_a_pid_file_removed_by_another_is_no_matter(node: Node) -> None:
@@ -754,12 +776,13 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
     return os.waitstatus_to_exitcode(status), (node.directory / "up").exists()
 
 
-def test_sigterm_at_any_point_of_the_start_leaves_nothing(node: Node) -> None:
-    fake = FakeQemu(node.control_dir, INSTANCE)
-    with fake:
-        fake.bind()
+def test_sigterm_at_any_point_of_the_start_leaves_nothing(
+    node: Node, step: int = 5
+) -> None:
+    with FakeQemu(node.control_dir, INSTANCE) as qemu:
+        qemu.bind()
         statuses = []
-        for count in range(1, 10000):
+        for count in itertools.count(1, step):
             status, up = end_at_line(node, count)
             assert status in (0, -signal.SIGTERM)
             assert not node.pid_file.exists()
@@ -767,7 +790,12 @@ def test_sigterm_at_any_point_of_the_start_leaves_nothing(node: Node) -> None:
             if up:
                 break
     assert statuses[0] == -signal.SIGTERM and statuses[-1] == 0
-    assert len(statuses) > 100
+    assert len(statuses) * step > 100
+
+
+@pytest.mark.soak
+def test_sigterm_at_every_point_of_the_start_leaves_nothing(node: Node) -> None:
+    test_sigterm_at_any_point_of_the_start_leaves_nothing(node, step=1)
 
 
 def test_sigterm_in_a_burst_loses_no_verdict_that_was_read(
