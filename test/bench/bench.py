@@ -8,6 +8,7 @@ the figures themselves depend on the machine and on what else it does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from measures import DAEMON_CPUS, LOAD_CPU, MEASURES, ONCE, Load
+from measures import MEASURES, ONCE, Load
 from subjects import (
     HERE,
     PREPARATIONS,
@@ -120,6 +121,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=list(PREPARATIONS),
         help="measure this daemon alone (may be given several times)",
     )
+    parser.add_argument(
+        "--separate-cpus",
+        action="store_true",
+        help="give the fake QEMUs a CPU to themselves: every wake-up then has to reach"
+        " another CPU, where else the scheduler may choose",
+    )
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")
     parser.add_argument(
         "--output",
@@ -143,6 +150,15 @@ def prepare(names: list[str], directory: Path) -> list[Subject]:
         except subprocess.CalledProcessError as error:
             print(f"without {name}: {error}", file=sys.stderr)
     return subjects
+
+
+def separate_cpus() -> None:
+    """Keep the first CPU for the load, the others for the daemons and this process."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        sys.exit("--separate-cpus needs two CPUs")
+    Load.cpus = frozenset([first])
+    os.sched_setaffinity(0, others)
 
 
 def measure_all(
@@ -196,9 +212,8 @@ def describe_machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": subprocess.check_output(
-            ["/usr/bin/python3", "-c", "import platform as p; print(p.python_version())"],
-            text=True,
-        ).strip(),
+            ["/usr/bin/python3", "--version"], text=True
+        ).split()[1],
         "load": round(os.getloadavg()[0], 1),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -253,12 +268,15 @@ def main() -> int:
     options = parse_arguments()
     machine = describe_machine()
     # Opened at once: afterwards its path may be covered.
-    output = open(options.output, "w", encoding="utf-8")
-    with output, tempfile.TemporaryDirectory(prefix="kvmd-bench-") as name:
-        directory = Path(name)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(options.output.open("w", encoding="utf-8"))
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="kvmd-bench-"))
+        )
         subjects = prepare(options.subject or list(PREPARATIONS), directory)
         enter_node(directory)
-        os.sched_setaffinity(0, DAEMON_CPUS or [LOAD_CPU])
+        if options.separate_cpus:
+            separate_cpus()
         results = measure_all(
             subjects, options.only or list(MEASURES), options.repetitions
         )
