@@ -237,11 +237,14 @@ def nothing_is_started_where_nothing_ran() -> None:
     expect_one_daemon("none")
 
 
-def a_daemon_that_was_killed_is_not_started() -> None:
+def a_daemon_that_was_killed_is_not_started_but_can_be() -> None:
     kill_daemon()
     expect("pid file of the dead", PID_FILE.exists(), True)
     install(our_package())
     expect_one_daemon("none")
+    # Ganeti's daemon has left a pid file that start-stop-daemon would not start on.
+    daemon_util("start")
+    expect_one_daemon("ours")
 
 
 def upgrading_restarts_in_place() -> None:
@@ -451,7 +454,7 @@ def a_diversion_of_the_administrators_is_left_alone() -> None:
 SCENARIOS = [
     installing_takes_over_and_removing_gives_back,
     nothing_is_started_where_nothing_ran,
-    a_daemon_that_was_killed_is_not_started,
+    a_daemon_that_was_killed_is_not_started_but_can_be,
     upgrading_restarts_in_place,
     upgrading_replaces_a_daemon_that_can_not_restart_in_place,
     downgrading_restarts_in_place,
