@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deadline import SECONDS
+from deadline import SECONDS, wait_until
 
 Message = dict[str, Any]
 Version = tuple[int, int, int]
@@ -99,6 +101,18 @@ class FakeQemu:
         """Send bytes, whatever they say."""
         assert self._client
         self._client.sendall(data)
+
+    def wait_until_read(self) -> None:
+        """Wait until the client has read all that was sent."""
+        client = self._client
+        assert client
+        unread = bytearray(4)
+
+        def is_read() -> bool:
+            fcntl.ioctl(client, termios.TIOCOUTQ, unread)
+            return not any(unread)
+
+        wait_until(is_read, "the client has read all")
 
     def wait_until_client_leaves(self) -> None:
         """Wait until the client has closed its end."""

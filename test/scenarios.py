@@ -141,21 +141,21 @@ SCENARIOS = [
     ),
     Scenario(
         name="sigterm",
-        how="SIGTERM",
+        how="SIGTERM to QEMU",
         expected=NOT_USER,
         cause="host-signal",
         end=terminate,
     ),
     Scenario(
         name="sigkill",
-        how="SIGKILL",
+        how="SIGKILL to QEMU",
         expected=NOT_USER,
         cause="connection-ended",
         end=kill,
     ),
     Scenario(
         name="quit",
-        how="quit",
+        how="quit, by QMP",
         expected=NOT_USER,
         cause="host-qmp-quit",
         end=lambda qemu: qemu.qmp.command("quit"),
@@ -169,7 +169,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="reset-no-reboot",
-        how="reset in the guest, QEMU with -no-reboot",
+        how="reset in the guest (-no-reboot)",
         expected=NOT_USER,
         cause="guest-reset",
         options=("-no-reboot",),
@@ -177,7 +177,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="system-reset-no-reboot",
-        how="system_reset, QEMU with -no-reboot",
+        how="system_reset (-no-reboot)",
         expected=NOT_USER,
         cause="host-qmp-system-reset",
         options=("-no-reboot",),
@@ -200,7 +200,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="no-shutdown",
-        how="-no-shutdown: poweroff, system_reset, poweroff, quit",
+        how="poweroff, reset, poweroff (-no-shutdown)",
         expected=USER,
         cause="guest-shutdown",
         options=("-no-shutdown",),
@@ -222,7 +222,7 @@ MIGRATION = [
     ),
     Scenario(
         name="migration-target",
-        how="live migration to here, poweroff in the guest",
+        how="live migration to here, poweroff",
         expected=USER,
         cause="guest-shutdown",
         options=("-incoming", MIGRATION_URI),

@@ -116,9 +116,10 @@ def test_a_last_line_may_lack_its_end(connected: FakeQemu) -> None:
     wait_until(connected.shutdown_file.exists, "the shutdown file")
 
 
-def test_the_file_is_there_after_one_byte_at_a_time(connected: FakeQemu) -> None:
+def test_an_event_may_come_a_byte_at_a_time(connected: FakeQemu) -> None:
     for byte in POWEROFF.encode() + b"\r\n":
         connected.send(bytes([byte]))
+        connected.wait_until_read()
     wait_until(connected.shutdown_file.exists, "the shutdown file")
 
 
