@@ -900,6 +900,8 @@ class Monitor:
     def on_removed(self) -> None:
         """Note that the socket's name is gone: what stands there next is new."""
         self.identity = None
+        if self._socket is None:
+            self._enter(Phase.GONE)
 
     def finish(self) -> None:
         """Read what is left on the connection, and close it for good."""
@@ -1542,7 +1544,8 @@ class Daemon:
                 continue
             if fact is Fact.REMOVED:
                 self._drop_name(instance, name)
-            self._look_for(instance)
+            else:
+                self._look_for(instance)
         if self._report(facts):
             self._reconcile()
             self._plan_rescan()
@@ -2275,8 +2278,8 @@ def check_daemon(pid_file: str) -> Finding:
     if "python" not in command:
         return Finding(
             Level.WARN,
-            f"a daemon runs, pid {pid}, but it is Ganeti's own ({command}); to have this"
-            " one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
+            f"a daemon runs, pid {pid}, but it is Ganeti's own ({command}); to have"
+            " this one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
         )
     return Finding(Level.OK, f"a daemon runs, pid {pid}, with up to {limit} open files")
 

@@ -219,9 +219,11 @@ def fill(path: Path) -> None:
 
 
 def test_a_full_file_system_has_room_for_an_empty_file(control_dir: Path) -> None:
-    with Daemon(
-        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "size=64k,nr_inodes=50")
-    ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
+    interpreter = interpreter_on_tmpfs(control_dir, "size=64k,nr_inodes=50")
+    with (
+        Daemon(control_dir, interpreter=interpreter) as daemon,
+        FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu,
+    ):
         connect(daemon, qemu)
         fill(qemu.path.with_name("filler"))
         assert " file=created " in end_by_user(daemon, qemu)
@@ -230,9 +232,12 @@ def test_a_full_file_system_has_room_for_an_empty_file(control_dir: Path) -> Non
 
 
 def test_without_inodes_it_tries_until_there_is_one(control_dir: Path) -> None:
-    with Daemon(
-        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
-    ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
+    with (
+        Daemon(
+            control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
+        ) as daemon,
+        FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu,
+    ):
         connect(daemon, qemu)
         use_up_inodes(qemu.path.parent)
         power_off(qemu)
@@ -250,9 +255,12 @@ def test_without_inodes_it_tries_until_there_is_one(control_dir: Path) -> None:
 def test_on_a_read_only_file_system_it_tries_until_it_is_none(
     control_dir: Path,
 ) -> None:
-    with Daemon(
-        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "size=64k")
-    ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
+    with (
+        Daemon(
+            control_dir, interpreter=interpreter_on_tmpfs(control_dir, "size=64k")
+        ) as daemon,
+        FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu,
+    ):
         connect(daemon, qemu)
         run_beside(daemon, f"mount -o remount,ro {control_dir}")
         power_off(qemu)
@@ -265,20 +273,24 @@ def test_on_a_read_only_file_system_it_tries_until_it_is_none(
 
 
 def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> None:
-    with Daemon(
-        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
-    ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu, FakeQemu(
-        seen_by(daemon, control_dir), INSTANCE
-    ) as successor:
+    with (
+        Daemon(
+            control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
+        ) as daemon,
+        FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu,
+        FakeQemu(seen_by(daemon, control_dir), "successor", "") as successor,
+    ):
         connect(daemon, qemu)
+        successor.listen()
         use_up_inodes(qemu.path.parent)
         power_off(qemu)
         daemon.wait_for_log(" ERROR ")
-        qemu.exit()
-        successor.listen()
+        name = qemu.path
+        qemu.path = name.rename(name.with_name("old"))
+        successor.path = successor.path.rename(name)
         successor.negotiate()
         daemon.wait_until_connected(INSTANCE, times=2)
-        for file in qemu.path.parent.glob("file*"):
+        for file in name.parent.glob("file*"):
             file.unlink()
         successor.event("SHUTDOWN", guest=False, reason="host-signal")
         wait_for_file(daemon, "not-user")
@@ -289,17 +301,24 @@ def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> N
         daemon.stop()
 
 
-def test_a_pending_verdict_outlives_its_instances_socket(control_dir: Path) -> None:
-    with Daemon(
-        control_dir, interpreter=interpreter_on_tmpfs(control_dir, "nr_inodes=9")
-    ) as daemon, FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu:
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_pending_verdict_outlives_its_instances_socket(
+    control_dir: Path, ended: bool
+) -> None:
+    interpreter = interpreter_on_tmpfs(control_dir, "nr_inodes=9")
+    with (
+        Daemon(control_dir, "--rescan-interval=0", interpreter=interpreter) as daemon,
+        FakeQemu(seen_by(daemon, control_dir), INSTANCE) as qemu,
+    ):
         connect(daemon, qemu)
         filler = qemu.path.parent / "file0"
         use_up_inodes(qemu.path.parent)
         power_off(qemu)
         daemon.wait_for_log(" ERROR ")
-        qemu.exit()
-        (filler.parent / "another").touch()  # takes the socket's inode
+        qemu.disconnect()
+        if ended:
+            wait_for_status(daemon, SOCKET, "ended")
+        qemu.path = qemu.path.rename(qemu.path.with_name("elsewhere"))
         wait_for_status(daemon, SOCKET, "gone")
         filler.unlink()
         wait_for_file(daemon, "user")
@@ -383,9 +402,10 @@ def test_an_unexpected_error_costs_that_connection_alone(
     provoke: Callable[[FakeQemu], None],
 ) -> None:
     program = program_with(control_dir.parent, ERRORS[error])
-    with Daemon(control_dir, program=program) as daemon, FakeQemu(
-        control_dir, "bad"
-    ) as bad:
+    with (
+        Daemon(control_dir, program=program) as daemon,
+        FakeQemu(control_dir, "bad") as bad,
+    ):
         provoke(bad)
         daemon.wait_for_log(" ERROR bad: unexpected error; connecting anew")
         daemon.wait_for_log(" ERROR .*patched")
@@ -461,8 +481,7 @@ def test_what_had_arrived_counts_though_the_peer_left_something_unread(
     ours.setblocking(False)
     monitor._begin(ours)
     theirs.send(
-        b'{"QMP": {}}\r\n'
-        + event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
+        b'{"QMP": {}}\r\n' + event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
     )
     theirs.close()  # with the commands unread: ECONNRESET
     while monitor.receive():
@@ -514,9 +533,9 @@ def test_no_timer_looks_at_the_clock(
 ) -> None:
     monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
     reactor.set_timer(monitor, 0.05)
-    monkeypatch.setattr(kvmd.time, "time", lambda: 4e9)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
     assert not list(reactor.expired())
-    monkeypatch.setattr(kvmd.time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
     assert reactor.next_timer() - time.monotonic() < 0.05
     wait_until(lambda: list(reactor.expired()) == [monitor], "the timer", seconds=1)
 
@@ -572,7 +591,7 @@ def test_a_shutdown_file_planted_anew_each_time_is_given_up_for_a_while(
 ) -> None:
     path = control_dir / "a.shutdown"
     path.symlink_to("x")
-    monkeypatch.setattr(kvmd.os, "unlink", lambda _path: None)
+    monkeypatch.setattr(os, "unlink", lambda _path: None)
     with pytest.raises(OSError, match="planted again and again") as error:
         kvmd.create_shutdown_file(str(path), kvmd.Log(None, []))
     assert error.value.errno == errno.EEXIST
