@@ -1,4 +1,4 @@
-"""A namespace of its own for a daemon: mounts and limits that the machine never sees."""
+"""Namespaces of their own: mounts and limits that the machine never sees."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ENTER = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec")
 
 
 def interpreter_after(commands: str) -> tuple[str, ...]:
-    """Return an interpreter that is started in a new namespace, after shell commands."""
+    """Return an interpreter that starts in a new namespace, after shell commands."""
     return (*_ENTER, f'{commands}; exec "$@"', "sh", *INTERPRETER)
 
 
 def interpreter_on_tmpfs(directory: Path, options: str) -> tuple[str, ...]:
-    """Return an interpreter that has a tmpfs of its own at the directory, as /run is."""
+    """Return an interpreter that has a tmpfs of its own at the directory."""
     return interpreter_after(f"mount -t tmpfs -o {options} kvmd-test {directory}")
 
 
@@ -67,14 +67,19 @@ def call_in_process(function: Callable[[], None]) -> None:
     assert status == 0, text
 
 
+def require_namespaces() -> None:
+    """Skip a test where no namespaces are to be had, but not where they have to be."""
+    if subprocess.run([*_ENTER, "true"], check=False).returncode != 0:
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up("no user and mount namespaces are to be had")
+
+
 def call_in_namespace(function: Callable[[], None]) -> None:
     """Call a function in a process with user and mount namespaces of its own.
 
     There it is root, and what it mounts or limits is its own affair.
     """
-    if subprocess.run([*_ENTER, "true"], check=False).returncode != 0:
-        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        give_up("no user and mount namespaces are to be had")
+    require_namespaces()
 
     def enter_and_call() -> None:
         uid, gid = os.geteuid(), os.getegid()

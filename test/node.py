@@ -82,7 +82,7 @@ class Node:
         assert not self.pid_file.exists()
 
     def processes(self) -> list[int]:
-        """Return the pids of all processes that have this node on their command line."""
+        """Return the pids of all processes whose command line names this node."""
         return [
             int(process.name)
             for process in Path("/proc").iterdir()

@@ -31,7 +31,7 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture
 def start_daemon(control_dir: Path) -> Iterator[StartDaemon]:
-    """Return a function that starts a daemon with options, which has to stop cleanly."""
+    """Return a function that starts a daemon, which has to stop cleanly."""
     with ExitStack() as ending:
 
         def start(*options: str) -> Daemon:
@@ -53,7 +53,7 @@ def impatient(control_dir: Path) -> Iterator[Daemon]:
 
 @pytest.fixture
 def make_fake_qemu(control_dir: Path) -> Iterator[StartFakeQemu]:
-    """Return a function that makes a fake QEMU by instance and suffix, not bound yet."""
+    """Return a function that makes a fake QEMU, not bound yet."""
     with ExitStack() as ending:
         yield lambda name, suffix=".kvmd": ending.enter_context(
             FakeQemu(control_dir, name, suffix)
@@ -158,7 +158,7 @@ def test_a_socket_that_another_client_holds_is_waited_for(
         hidden.accept()
         hidden.path.rename(fake_qemu.path)
         hidden.path = fake_qemu.path
-        impatient.wait_for_log(f" WARNING {INSTANCE}: no greeting .* another one may be")
+        impatient.wait_for_log(f" WARNING {INSTANCE}: no greeting .* another one")
         hidden.disconnect()
         hidden.negotiate()
         impatient.wait_until_connected(INSTANCE)

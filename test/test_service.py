@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 from daemon import INSTANCE, ROOT, Daemon
@@ -222,7 +223,9 @@ def test_a_daemon_turned_away_leaves_the_locks_holder_its_file(
         assert node.pid_file.read_text() == "another's\n"
 
 
-@pytest.mark.parametrize("text", ["", f"{os.getpid()}\n", "999999999\n", "garbage" * 99])
+@pytest.mark.parametrize(
+    "text", ["", f"{os.getpid()}\n", "999999999\n", "garbage" * 99]
+)
 def test_only_the_lock_counts(node: Node, text: str) -> None:
     node.pid_file.write_text(text)
     pid = node.start()
@@ -261,7 +264,7 @@ def test_a_pid_file_removed_by_its_holder_just_before_it_is_locked_is_made_anew(
         path.unlink()
         lockf(fd, operation)
 
-    monkeypatch.setattr(kvmd.fcntl, "lockf", end_the_holder_and_lock)
+    monkeypatch.setattr(fcntl, "lockf", end_the_holder_and_lock)
     pid_file = kvmd.PidFile(str(path))
     assert path.read_text() == f"{os.getpid()}\n"
     assert os.path.samestat(os.fstat(pid_file.fd), path.stat())
@@ -489,9 +492,7 @@ def test_log_lines_are_those_of_ganetis_daemons(
     assert daemon.log == daemon.stderr
 
 
-def test_no_name_forges_a_log_line(
-    daemon: Daemon, control_dir: Path
-) -> None:
+def test_no_name_forges_a_log_line(daemon: Daemon, control_dir: Path) -> None:
     forged = "x\n2026-11-22 20:12:10,123: ganeti-kvmd pid=42 INFO a: verdict=user"
     for name in [forged, "\033[2J\r", "a\x85b\u2028c\u202ed", os.fsdecode(b"\xff\xfe")]:
         with FakeQemu(control_dir, name) as qemu:
@@ -610,11 +611,11 @@ def test_syslog_gets_all_but_debug_messages(
         fake_qemu.listen()
         fake_qemu.negotiate()
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
-        messages = []
+        messages: list[str] = []
         while not messages or " verdict=user" not in messages[-1]:
             messages.append(syslog.recv(4096).decode())
         node.stop()
-    daemon_info, pid = 3 << 3 | 6, rf"ganeti-kvmd\[\d+\]: "
+    daemon_info, pid = 3 << 3 | 6, r"ganeti-kvmd\[\d+\]: "
     assert re.fullmatch(
         rf"<{daemon_info}>.*{pid}{INSTANCE}: verdict=user cause=.*", messages[-1]
     )
@@ -687,7 +688,8 @@ def test_the_name_of_the_process_is_ganeti_kvmd_however_it_was_started(
     node: Node, daemon: Daemon
 ) -> None:
     pid = node.start("--control-dir", str(node.directory / "another"))
-    assert status_field(pid, "Name") == status_field(daemon.pid, "Name") == "ganeti-kvmd"
+    assert status_field(pid, "Name") == "ganeti-kvmd"
+    assert status_field(daemon.pid, "Name") == "ganeti-kvmd"
     node.stop()
 
 
@@ -749,7 +751,7 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
     if pid == 0:
         lines: set[tuple[str, int]] = set()
 
-        def trace(frame: FrameType, _what: str, _argument: object) -> object:
+        def trace(frame: FrameType, _what: str, _argument: object) -> Any:
             code = frame.f_code
             if code.co_filename != kvmd.__file__:
                 return None
@@ -767,7 +769,7 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
             sys.argv = node.command("--foreground", "--log-file", "/dev/null")[1:]
             os.dup2(os.open(os.devnull, os.O_RDWR), 2)
             options = kvmd.parse_arguments(sys.argv[1:])
-            kvmd.parse_arguments = lambda _arguments: options
+            kvmd.parse_arguments = lambda arguments: options
             sys.settrace(trace)
             status = kvmd.main()
         finally:
@@ -842,9 +844,10 @@ def test_sigusr1_logs_a_line_for_each_instance(
 
 
 def test_an_unexpected_error_in_the_loop_is_logged_with_its_traceback(
-    control_dir: Path
+    control_dir: Path,
 ) -> None:
-    program = program_with(control_dir.parent, "kvmd.Daemon.log_status = lambda _: 1 / 0")
+    patch = "kvmd.Daemon.log_status = lambda _: 1 / 0"
+    program = program_with(control_dir.parent, patch)
     with Daemon(control_dir, program=program) as daemon:
         daemon.send_signal(signal.SIGUSR1)
         assert daemon.wait_until_gone() == 1

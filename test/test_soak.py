@@ -1,4 +1,4 @@
-"""A long life: guests come and go, crash and power off; the daemon too; so do its paths.
+"""A long life: guests come and go, crash and power off; so do the daemon and its paths.
 
 `make soak` runs it for KVMD_SOAK_SECONDS; `make check` for some seconds.
 """
