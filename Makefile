@@ -43,8 +43,11 @@ deb: need-packaging ## build the Debian package into dist/
 	cd dist/build/kvmd && dpkg-buildpackage --unsigned-source --unsigned-changes
 	mv dist/build/*.* dist && rm -r dist/build
 
-lint-deb: deb ## let lintian look at the package and its source
+lint-deb: deb ## let lintian look at the package, and systemd at its unit
 	@$(call install-packages,lintian,lintian)
+	@$(call install-packages,systemd-analyze,systemd)
+	@rating=$$(systemd-analyze security --offline=true --no-pager --threshold=15 \
+		debian/ganeti-kvmd.service) || { echo "$$rating"; false; }
 	lintian --pedantic --display-info --fail-on error,warning,info,pedantic \
 		--allow-root dist/*.changes
 
