@@ -18,6 +18,7 @@ _ENTER = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec")
 
 def interpreter_after(commands: str) -> tuple[str, ...]:
     """Return an interpreter that starts in a new namespace, after shell commands."""
+    require_namespaces()
     return (*_ENTER, f'{commands}; exec "$@"', "sh", *INTERPRETER)
 
 

@@ -360,7 +360,7 @@ def test_a_peer_that_closes_at_once_is_visited_a_few_times_a_second_at_most(
         slammer.close()
 
 
-def test_a_peer_that_never_reads_costs_nothing(
+def test_a_peer_that_never_answers_costs_nothing(
     daemon: Daemon, fake_qemu: FakeQemu, make_fake_qemu: StartFakeQemu
 ) -> None:
     fake_qemu.listen()

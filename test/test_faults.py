@@ -272,6 +272,17 @@ def test_on_a_read_only_file_system_it_tries_until_it_is_none(
         daemon.stop()
 
 
+def test_a_verdict_waits_for_the_directory_to_come_back(
+    daemon: Daemon, qemu: FakeQemu, control_dir: Path
+) -> None:
+    away = control_dir.rename(control_dir.with_name("away"))
+    power_off(qemu)
+    daemon.wait_for_log(" ERROR .* No such file or directory; trying again")
+    away.rename(control_dir)
+    wait_for_file(daemon, "user")
+    assert qemu.shutdown_file.exists()
+
+
 def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> None:
     with (
         Daemon(

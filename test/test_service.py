@@ -20,6 +20,7 @@ import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu
+from namespace import require_namespaces
 from node import SETTINGS, Node
 from status import status_table
 from variant import program_with
@@ -150,6 +151,7 @@ def test_any_rescan_interval_works(
 
 
 def test_who_is_not_root_is_turned_away(node: Node) -> None:
+    require_namespaces()
     result = node.run(prefix=("unshare", "--user"), user_checks=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert "must run as root" in result.stderr
@@ -157,6 +159,7 @@ def test_who_is_not_root_is_turned_away(node: Node) -> None:
 
 
 def test_no_user_checks_lets_everybody_in(node: Node) -> None:
+    require_namespaces()
     node.start(prefix=("unshare", "--user"))
 
 
@@ -598,6 +601,7 @@ shift && exec "$@"
 def test_syslog_gets_all_but_debug_messages(
     node: Node, fake_qemu: FakeQemu, mode: str
 ) -> None:
+    require_namespaces()
     dev = node.directory / "dev"
     dev.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
