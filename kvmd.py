@@ -497,7 +497,7 @@ class Notifier:
     """
 
     #: Seconds that a service manager may take for a message.
-    PATIENCE = 1.0
+    PATIENCE = 1
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -515,7 +515,13 @@ class Notifier:
             self.watchdog_interval = int(microseconds) / 2e6
         if self.is_wanted:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(self.PATIENCE)
+            # Not settimeout: with a full queue at the other end, that spins.
+            self._socket.setsockopt(
+                socket.SOL_SOCKET,
+                socket.SO_SNDTIMEO,
+                struct.pack("ll", self.PATIENCE, 0),
+            )
+        self._flags = 0
 
     def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
         """Send lines like READY=1, and descriptors with them; tell whether that worked.
@@ -529,11 +535,11 @@ class Notifier:
         packed = struct.pack(f"{len(fds)}i", *fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
         try:
-            self._socket.sendmsg(message, rights, 0, self._address)
+            self._socket.sendmsg(message, rights, self._flags, self._address)
         except OSError:
-            self._socket.settimeout(0)  # gone or stuck: don't wait again until it works
+            self._flags = socket.MSG_DONTWAIT  # gone or stuck: wait once, not each time
             return False
-        self._socket.settimeout(self.PATIENCE)
+        self._flags = 0
         return True
 
     def send_status(self, status: str) -> None:
