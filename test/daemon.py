@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from deadline import SECONDS, wait_until
 
@@ -98,17 +99,20 @@ class Daemon:
         """Start the process, and wait until it is at work."""
         times = self.log.count(_AT_WORK) + 1
         with open(self.stderr_file, "ab") as stderr:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-                env=self._environment,
-            )
+            self._process = self._spawn(stderr)
         try:
             self.wait_for_log(_AT_WORK, times)
         except BaseException:
             self.end()
             raise
+
+    def _spawn(self, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+            env=self._environment,
+        )
 
     def wait_for_log(self, pattern: str, times: int = 1) -> re.Match[str]:
         """Wait until the log matches a regular expression; return the last match."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import select
 import socket
 import termios
 import time
@@ -113,6 +114,13 @@ class FakeQemu:
             return not any(unread)
 
         wait_until(is_read, "the client has read all")
+
+    def client_has_left(self) -> bool:
+        """Tell whether the client has closed its end."""
+        assert self._client
+        poll = select.poll()
+        poll.register(self._client, 0)  # POLLHUP is implied
+        return bool(poll.poll(0))
 
     def wait_until_client_leaves(self) -> None:
         """Wait until the client has closed its end."""

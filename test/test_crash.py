@@ -1,0 +1,619 @@
+"""The daemon is killed under systemd, and the next one goes on where it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from daemon import INSTANCE, Daemon
+from deadline import wait_until
+from fake_qemu import FakeQemu, event_line
+from systemd import Service, Systemd
+from variant import program_with
+
+import kvmd
+
+RESET = event_line("RESET")
+POWERDOWN = event_line("POWERDOWN")
+STOP = event_line("STOP")
+PANIC = event_line("GUEST_PANICKED", action="pause")
+NOISE = event_line("VNC_CONNECTED", server={}, client={})
+USER_SHUTDOWN = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
+
+# Verdicts with their causes.
+USER = "user guest-shutdown"
+AFTER_POWERDOWN = "not-user guest-shutdown,powerdown-requested"
+RUNNING = "running running"
+
+
+class Way(NamedTuple):
+    """A way in which a guest goes down, and what is to be said of it."""
+
+    events: list[bytes]
+    verdict: str
+
+
+WAYS = [
+    Way([USER_SHUTDOWN], USER),
+    Way([RESET, USER_SHUTDOWN], USER),
+    Way([POWERDOWN, RESET, USER_SHUTDOWN], USER),
+    Way([STOP, event_line("RESUME"), event_line("SHUTDOWN")], "user no-data"),
+    Way([POWERDOWN, USER_SHUTDOWN], AFTER_POWERDOWN),
+    Way([STOP, event_line("SHUTDOWN")], "not-user no-data,stopped"),
+    Way([PANIC, event_line("SHUTDOWN", guest=True)], "not-user guest,panicked"),
+    Way([], "not-user connection-ended"),
+    *(
+        Way([event_line("SHUTDOWN", guest=False, reason=reason)], f"not-user {reason}")
+        for reason in ("host-signal", "host-qmp-quit", "guest-panic", "guest-reset")
+    ),
+]
+
+# Makes the daemon kill itself at a call, from the moment on at which a certain thing
+# was read. What was told to systemd before was told.
+SUICIDE = """
+import os
+
+def arm_when(thing):
+    receive = kvmd.Protocol.receive
+    def armed(protocol, data):
+        global is_armed
+        is_armed |= thing in data
+        return receive(protocol, data)
+    kvmd.Protocol.receive = armed
+
+def die(when, owner, name):
+    call = getattr(owner, name)
+    def deadly(*arguments):
+        if is_armed and when == "before":
+            os.kill(os.getpid(), 9)
+        result = call(*arguments)
+        if is_armed:
+            os.kill(os.getpid(), 9)
+        return result
+    setattr(owner, name, deadly)
+
+is_armed = False
+"""
+AROUND_THE_FILE = [
+    'die("before", kvmd, "create_shutdown_file")',
+    'die("after", kvmd, "create_shutdown_file")',
+]
+BEFORE_THE_STATE_IS_KEPT = [
+    'die("before", kvmd.Daemon, "_keep_state")',
+    'die("after", kvmd, "write_state_file")',
+]
+SINCE_THE_STATE_IS_KEPT = [
+    'die("after", kvmd.Notifier, "store")',
+    'die("before", kvmd.Monitor, "consume")',
+    'die("after", kvmd.Monitor, "consume")',
+]
+AT_THE_END = [
+    'die("before", kvmd.Monitor, "_disconnect")',
+    'die("after", kvmd.Monitor, "_disconnect")',
+]
+
+StartDeadly = Callable[[bytes, str], Service]
+
+
+@pytest.fixture
+def systemd(control_dir: Path) -> Iterator[Systemd]:
+    """Return a service manager with an empty store."""
+    with Systemd(control_dir.parent) as systemd:
+        yield systemd
+
+
+@pytest.fixture
+def service(systemd: Systemd, control_dir: Path) -> Iterator[Service]:
+    """Return the daemon, not started yet; once started, it has to stop cleanly."""
+    service = Service(systemd, control_dir)
+    try:
+        yield service
+        service.stop()
+    finally:
+        service.end()
+
+
+@pytest.fixture
+def start_deadly(systemd: Systemd, control_dir: Path) -> Iterator[StartDeadly]:
+    """Return a function that starts a daemon that is going to kill itself.
+
+    It takes what has to be read before, and the call at which it happens then.
+    """
+    with ExitStack() as ending:
+
+        def start(thing: bytes, moment: str) -> Service:
+            patch = f"{SUICIDE}\narm_when({thing!r})\n{moment}"
+            program = program_with(control_dir.parent, patch)
+            service = Service(systemd, control_dir, program=program)
+            ending.enter_context(service)
+            return service
+
+        yield start
+
+
+def kept_state(systemd: Systemd) -> dict[str, Any]:
+    """Return the newest state in the store."""
+    states = systemd.use_store(
+        lambda store: [
+            kvmd.read_state_file(stored.fd)
+            for stored in store
+            if stored.name.startswith("state-")
+        ]
+    )
+    return max(states, key=lambda state: int(state["serial"]), default={"monitors": []})
+
+
+def is_kept(systemd: Systemd, instance: str) -> bool:
+    """Tell whether a daemon that starts now would know that the guest runs."""
+    return any(
+        record["instance"] == instance and record["guest"]["alive"]
+        for record in kept_state(systemd)["monitors"]
+    )
+
+
+def negotiate(qemu: FakeQemu, systemd: Systemd) -> None:
+    """Take the daemon through all that comes before the events."""
+    qemu.listen()
+    qemu.negotiate()
+    wait_until(lambda: is_kept(systemd, qemu.name), "the state to be kept")
+
+
+def crash(service: Daemon) -> None:
+    """Kill the daemon, and start it again."""
+    service.end()
+    service.start()
+
+
+def wait_for_suicide(service: Daemon) -> None:
+    """Wait for the end of a daemon that kills itself."""
+    assert service.wait_until_gone() == -signal.SIGKILL
+
+
+def wait_until_forgotten(service: Service) -> None:
+    """Wait until the daemon has no more to say of any instance."""
+    answers = service.log.count(" INFO status: version ")
+
+    def ask() -> bool:
+        nonlocal answers
+        answers += 1
+        service.send_signal(signal.SIGUSR1)
+        return " 0 instances" in service.wait_for_log(" status: version .*", answers)[0]
+
+    wait_until(ask, "the daemon to have forgotten the instance")
+
+
+def verdicts(service: Daemon, instance: str = INSTANCE) -> list[str]:
+    """Return all verdicts on the instance so far, each with its cause."""
+    pattern = rf" {re.escape(instance)}: verdict=(\S+) cause=(\S+)"
+    return [" ".join(found) for found in re.findall(pattern, service.log)]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        *AROUND_THE_FILE,
+        *BEFORE_THE_STATE_IS_KEPT,
+        *SINCE_THE_STATE_IS_KEPT,
+        *AT_THE_END,
+    ],
+)
+def test_a_crash_at_the_shutdown_loses_no_verdict(
+    start_deadly: StartDeadly,
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    moment: str,
+) -> None:
+    deadly = start_deadly(b"SHUTDOWN", moment)
+    negotiate(fake_qemu, systemd)
+    fake_qemu.send(USER_SHUTDOWN)
+    fake_qemu.exit()
+    wait_for_suicide(deadly)
+    service.start()
+    wait_until_forgotten(service)
+    assert fake_qemu.shutdown_file.exists()
+    assert set(verdicts(service)) == {USER}
+
+
+@pytest.mark.parametrize("moment", SINCE_THE_STATE_IS_KEPT + AT_THE_END)
+def test_a_verdict_that_is_kept_is_not_written_again(
+    start_deadly: StartDeadly,
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    moment: str,
+) -> None:
+    deadly = start_deadly(b"SHUTDOWN", moment)
+    negotiate(fake_qemu, systemd)
+    # In one read: seen again from the beginning, it would be a shutdown withdrawn.
+    fake_qemu.send(RESET + USER_SHUTDOWN)
+    fake_qemu.exit()
+    wait_for_suicide(deadly)
+    fake_qemu.shutdown_file.unlink()  # as Ganeti does when it has taken note
+    service.start()
+    wait_until_forgotten(service)
+    assert verdicts(service) == [USER]
+    assert not fake_qemu.shutdown_file.exists()
+
+
+@pytest.mark.parametrize("moment", BEFORE_THE_STATE_IS_KEPT + SINCE_THE_STATE_IS_KEPT)
+def test_a_crash_at_a_powerdown_leaves_it_known(
+    start_deadly: StartDeadly,
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    moment: str,
+) -> None:
+    deadly = start_deadly(b"POWERDOWN", moment)
+    negotiate(fake_qemu, systemd)
+    fake_qemu.send(POWERDOWN)
+    wait_for_suicide(deadly)
+    service.start()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [AFTER_POWERDOWN]
+
+
+@pytest.mark.parametrize("moment", BEFORE_THE_STATE_IS_KEPT + SINCE_THE_STATE_IS_KEPT)
+def test_a_crash_in_the_midst_of_a_line_leaves_it_whole(
+    start_deadly: StartDeadly,
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    moment: str,
+) -> None:
+    deadly = start_deadly(b"microseconds", moment)
+    negotiate(fake_qemu, systemd)
+    fake_qemu.send(USER_SHUTDOWN[:70])
+    wait_for_suicide(deadly)
+    service.start()
+    fake_qemu.send(USER_SHUTDOWN[70:])
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "end"),
+    [
+        (b'{"event": "VNC_CONN', b'ECTED"}\r\n'),
+        (b"x" * (kvmd.LINE_LIMIT + 1), b"\r\n"),
+    ],
+    ids=["of no interest", "overlong"],
+)
+def test_a_line_that_had_ended_before_the_crash_is_not_gone_on_with(
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    beginning: bytes,
+    end: bytes,
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    for piece in (beginning, end):
+        fake_qemu.send(piece)
+        fake_qemu.wait_until_read()
+    crash(service)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
+@pytest.mark.parametrize(
+    ("events", "verdict"),
+    [
+        ([USER_SHUTDOWN], USER),
+        ([POWERDOWN, USER_SHUTDOWN], AFTER_POWERDOWN),
+        (
+            [event_line("SHUTDOWN", guest=False, reason="host-signal")],
+            "not-user host-signal",
+        ),
+        ([], "not-user connection-ended"),
+    ],
+    ids=["user", "powerdown", "signal", "crash"],
+)
+def test_a_guest_that_went_down_meanwhile_is_judged(
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    events: list[bytes],
+    verdict: str,
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.end()
+    for event in events:
+        fake_qemu.send(event)
+    fake_qemu.exit()
+    service.start()
+    wait_until_forgotten(service)
+    assert verdicts(service) == [verdict]
+    assert fake_qemu.shutdown_file.exists() == (verdict == USER)
+
+
+def test_a_guest_that_went_down_and_up_meanwhile_has_no_shutdown_file(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.end()
+    fake_qemu.send(USER_SHUTDOWN)
+    fake_qemu.exit()
+    fake_qemu.listen()
+    service.start()
+    fake_qemu.negotiate()
+    service.wait_for_verdict(INSTANCE, 2)
+    assert verdicts(service) == [USER, RUNNING]
+    assert not fake_qemu.shutdown_file.exists()
+
+
+def test_a_crash_after_a_restart_in_place_loses_nothing(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    fake_qemu.send(POWERDOWN)
+    fake_qemu.wait_until_read()
+    service.send_signal(signal.SIGUSR2)
+    service.wait_for_log(" INFO started", 2)
+    crash(service)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [AFTER_POWERDOWN]
+
+
+def test_a_stop_and_a_start_lose_nothing(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    fake_qemu.send(POWERDOWN)
+    fake_qemu.wait_until_read()
+    service.stop()
+    service.start()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [AFTER_POWERDOWN]
+
+
+def test_nothing_piles_up_in_the_store(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    for _ in range(3):
+        crash(service)
+        fake_qemu.send(RESET)
+        fake_qemu.wait_until_read()
+    service.send_signal(signal.SIGUSR2)
+    service.wait_for_log(" INFO started", 5)
+    fake_qemu.send(RESET)
+    fake_qemu.wait_until_read()
+    assert len(systemd.names) <= 3  # the connection, the state, the one before
+    fake_qemu.send(USER_SHUTDOWN)
+    fake_qemu.exit()
+    wait_until_forgotten(service)
+    assert {name.split("-")[0] for name in systemd.names} == {"state"}
+
+
+def put_state(systemd: Systemd, text: str) -> None:
+    """Put a text into the store in place of all states."""
+    for name in systemd.names:
+        if name.startswith("state-"):
+            systemd.remove(name)
+    fd = os.memfd_create(kvmd.STATE_NAME)
+    os.write(fd, text.encode())
+    systemd.put("state-0", fd)
+    os.close(fd)
+
+
+def with_first_monitor(state: dict[str, Any], **members: Any) -> str:
+    """Return the state with other members for its first monitor."""
+    monitor, *others = state["monitors"]
+    return json.dumps({**state, "monitors": [{**monitor, **members}, *others]})
+
+
+@pytest.mark.parametrize(
+    "falsify",
+    [
+        lambda state: "",
+        lambda state: json.dumps(state)[:-20],
+        lambda state: json.dumps({**state, "version": 0}),
+        lambda state: json.dumps({**state, "monitors": {"a": 1}}),
+        lambda state: with_first_monitor(state, protocol=None),
+        lambda state: "[" * 100000,
+    ],
+    ids=["empty", "torn", "version", "no-list", "no-protocol", "deep"],
+)
+def test_with_a_foreign_state_the_daemon_connects_anew(
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    falsify: Callable[[dict[str, Any]], str],
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.end()
+    put_state(systemd, falsify(kept_state(systemd)))
+    service.start()
+    service.wait_for_log(" WARNING the state of an earlier daemon can't be read")
+    fake_qemu.wait_until_client_leaves()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
+def test_a_connection_of_which_no_state_tells_is_made_anew(
+    start_deadly: StartDeadly,
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+) -> None:
+    moment = 'is_armed = True\ndie("after", kvmd.Notifier, "store")'
+    deadly = start_deadly(b"SHUTDOWN", moment)
+    fake_qemu.listen()
+    wait_for_suicide(deadly)
+    (connection,) = systemd.names
+    fake_qemu.accept()
+    service.start()
+    fake_qemu.wait_until_client_leaves()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+    assert connection not in systemd.names
+
+
+def test_what_is_looked_at_and_then_followed_by_a_new_socket_counts_once(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.send_signal(signal.SIGSTOP)
+    fake_qemu.send(RESET + USER_SHUTDOWN)
+    fake_qemu.exit()
+    fake_qemu.listen()
+    service.send_signal(signal.SIGCONT)
+    fake_qemu.negotiate()
+    service.wait_for_verdict(INSTANCE, 2)
+    assert verdicts(service) == [USER, RUNNING]
+    assert " ERROR " not in service.log
+
+
+def test_a_full_store_costs_only_the_memory_of_what_was_before(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with Systemd(control_dir.parent, store_max=0) as systemd, Service(
+        systemd, control_dir
+    ) as service:
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        service.wait_until_connected(INSTANCE)
+        crash(service)
+        fake_qemu.wait_until_client_leaves()
+        fake_qemu.negotiate()
+        fake_qemu.send(USER_SHUTDOWN)
+        service.wait_for_verdict(INSTANCE)
+        service.stop()
+
+
+def test_a_state_that_cannot_be_written_stops_nothing(
+    systemd: Systemd, control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    program = program_with(
+        control_dir.parent,
+        "import errno, os\n"
+        "def memfd_create(*_): raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))\n"
+        "os.memfd_create = memfd_create\n",
+    )
+    with Service(systemd, control_dir, program=program) as service:
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        service.wait_for_log(" WARNING the state can't be kept against a crash: Too ")
+        fake_qemu.send(USER_SHUTDOWN)
+        service.wait_for_verdict(INSTANCE)
+        service.stop()
+
+
+def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -> None:
+    address = str(control_dir.parent / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stuck:
+        stuck.bind(address)
+        notifier = kvmd.Notifier({"NOTIFY_SOCKET": address})
+        while notifier.send("WATCHDOG=1"):
+            pass
+        start = time.monotonic()
+        assert not any(notifier.send("WATCHDOG=1") for _ in range(100))
+        assert time.monotonic() - start < notifier.PATIENCE
+        stuck.recv(4096)
+        assert notifier.send("WATCHDOG=1")
+
+
+class Life(NamedTuple):
+    """A guest that has gone down, and whether Ganeti has taken note of its end."""
+
+    qemu: FakeQemu
+    way: Way
+    noted: bool
+
+
+def negotiate_in_a_storm(qemu: FakeQemu, systemd: Systemd) -> None:
+    """Negotiate with one daemon after the other, until no crash ends the connection."""
+    while not is_kept(systemd, qemu.name):
+        try:
+            qemu.disconnect()
+            qemu.negotiate()
+            wait_until(
+                lambda: is_kept(systemd, qemu.name) or qemu.client_has_left(),
+                "the state to be kept",
+            )
+        except (EOFError, ConnectionError):
+            continue
+
+
+def live(qemu: FakeQemu, systemd: Systemd, chance: random.Random) -> Life:
+    """Run a guest, and have it go down in some way, in pieces of some length."""
+    way = chance.choice(WAYS)
+    qemu.listen()
+    negotiate_in_a_storm(qemu, systemd)
+    data = b"".join(event + NOISE * chance.randrange(2) for event in way.events)
+    while data:
+        length = chance.choice([30, 200, 1000])
+        qemu.send(data[:length])
+        data = data[length:]
+        time.sleep(chance.uniform(0, 0.02))
+    noted = way.verdict.startswith("user") and chance.random() < 0.5
+    if noted:
+        qemu.wait_until_read()  # so the state is kept: it is not read again
+        qemu.shutdown_file.unlink()
+    chance.choice([qemu.exit, qemu.crash])()
+    return Life(qemu, way, noted)
+
+
+@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.soak)])
+def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
+    systemd: Systemd, control_dir: Path, kills: int
+) -> None:
+    chance = random.Random(kills)
+    lives: list[Life] = []
+    is_over = threading.Event()
+
+    def live_on(number: int) -> None:
+        own_chance = random.Random(number)
+        while not is_over.is_set():
+            qemu = FakeQemu(control_dir, f"guest{len(lives)}-{number}")
+            lives.append(live(qemu, systemd, own_chance))
+
+    service = Service(systemd, control_dir, interpreter=[sys.executable])
+    with ThreadPoolExecutor() as executor, service:
+        threads = [executor.submit(live_on, number) for number in range(4)]
+        try:
+            for _ in range(kills):
+                time.sleep(chance.uniform(0, 0.1))
+                service.end()
+                time.sleep(chance.uniform(0, 0.05))
+                service.start()
+        finally:
+            is_over.set()
+        for thread in threads:
+            thread.result()
+        for life in lives:
+            service.wait_for_verdict(life.qemu.name)
+        service.stop()
+    for qemu, way, noted in lives:
+        assert set(verdicts(service, qemu.name)) == {way.verdict}
+        is_there = way.verdict.startswith("user") and not noted
+        assert qemu.shutdown_file.exists() == is_there
