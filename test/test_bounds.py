@@ -148,7 +148,7 @@ def end_all_at_once(daemon: Daemon, crowd: Crowd, count: int) -> None:
         "all verdicts are given",
     )
     wait_until(lambda: not status_table(daemon), "all are gone")
-    assert daemon.log.count(" verdict=user ") == count
+    assert daemon.log.count(": verdict=user ") == count
 
 
 def test_hundreds_of_instances_end_at_once_and_leave_nothing(

@@ -159,7 +159,7 @@ def test_a_verdict_written_once_is_not_written_again(
     qemu.exit()
     wait_until(lambda: not status_table(daemon), "the instance is gone")
     assert not qemu.shutdown_file.exists()
-    assert daemon.log.count(" verdict=") == 1
+    assert daemon.log.count(": verdict=") == 1
 
 
 @pytest.mark.parametrize("event", ["RESET", "RESUME"])
@@ -308,7 +308,7 @@ def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> N
         successor.exit()
         wait_until(lambda: not status_table(daemon), "the instance is gone")
         assert not qemu.shutdown_file.exists()
-        assert daemon.log.count(" verdict=user ") == 1
+        assert daemon.log.count(": verdict=user ") == 1
         daemon.stop()
 
 

@@ -113,7 +113,7 @@ def test_a_verdict_from_before_stands(daemon: Daemon, qemu: FakeQemu) -> None:
     qemu.event("SHUTDOWN", guest=False, reason="host-signal")
     qemu.exit()
     wait_until(lambda: not status_table(daemon), "the instance is gone")
-    assert daemon.log.count(" verdict=") == 1
+    assert daemon.log.count(": verdict=") == 1
 
 
 def test_a_program_that_does_not_run_replaces_nothing(
