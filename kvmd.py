@@ -1555,6 +1555,9 @@ class Daemon:
         if self._report(facts):
             self._reconcile()
             self._plan_rescan()
+        elif not self._watch.settled:
+            soon = time.monotonic() + POLL_INTERVAL
+            self._next_rescan = min(self._next_rescan, soon)
 
     def _drop_name(self, instance: str, name: str) -> None:
         monitor = self._monitors.get(instance)
