@@ -3,8 +3,8 @@
 The firmware loads the sector at 0x7C00 and runs it. The guest says READY, then
 obeys commands of one letter each. Every command writes one word to one I/O
 port of the `pc` machine, and is answered with its own letter if the guest is
-still there to answer. Between commands the processor halts, so that many
-guests share a small host.
+still there to answer. The processor halts between the ticks of the firmware's
+timer, 18 a second, so that many guests share a small host.
 """
 
 READY = b"!"
@@ -45,43 +45,37 @@ _CODE = bytes.fromhex(
     "31 C0"  #    00          xor ax, ax
     "8E D8"  #    02          mov ds, ax
     "FC"  #       04          cld
-    "B0 34"  #    05          mov al, 0x34      timer 0 interrupts
-    "E6 43"  #    07          out 0x43, al      every 0x1300 / 1193182 s,
-    "B0 00"  #    09          mov al, 0x00      so no hlt lasts longer than 4 ms
-    "E6 40"  #    0B          out 0x40, al
-    "B0 13"  #    0D          mov al, 0x13
-    "E6 40"  #    0F          out 0x40, al
-    "FB"  #       11          sti
-    "B3 21"  #    12          mov bl, '!'       READY
-    "88 D8"  #    14 answer:  mov al, bl
-    "BA F8 03"  # 16          mov dx, 0x3F8     serial port, data
-    "EE"  #       19          out dx, al
-    "F4"  #       1A wait:    hlt
-    "BA 00 06"  # 1B          mov dx, 0x600     PM1 status
-    "ED"  #       1E          in ax, dx
-    "F6 C4 01"  # 1F          test ah, 1        power button pressed?
-    "B3 70"  #    22          mov bl, 'p'       POWER_OFF
-    "75 0E"  #    24          jnz obey
-    "BA FD 03"  # 26          mov dx, 0x3FD     serial port, line status
-    "EC"  #       29          in al, dx
-    "A8 01"  #    2A          test al, 1        a letter has come?
-    "74 EC"  #    2C          jz wait
-    "BA F8 03"  # 2E          mov dx, 0x3F8
-    "EC"  #       31          in al, dx
-    "88 C3"  #    32          mov bl, al
-    "BE 49 7C"  # 34 obey:    mov si, table
-    "AC"  #       37 next:    lodsb             a command's letter, 0 at the end
-    "84 C0"  #    38          test al, al
-    "74 DE"  #    3A          jz wait
-    "88 C7"  #    3C          mov bh, al
-    "AD"  #       3E          lodsw             its port
-    "89 C2"  #    3F          mov dx, ax
-    "AD"  #       41          lodsw             its word
-    "38 DF"  #    42          cmp bh, bl
-    "75 F1"  #    44          jne next
-    "EF"  #       46          out dx, ax
-    "EB CB"  #    47          jmp answer
-    #             49 table:   _COMMANDS
+    "FB"  #       05          sti
+    "B3 21"  #    06          mov bl, '!'       READY
+    "88 D8"  #    08 answer:  mov al, bl
+    "BA F8 03"  # 0A          mov dx, 0x3F8     serial port, data
+    "EE"  #       0D          out dx, al
+    "F4"  #       0E wait:    hlt
+    "BA 00 06"  # 0F          mov dx, 0x600     PM1 status
+    "ED"  #       12          in ax, dx
+    "F6 C4 01"  # 13          test ah, 1        power button pressed?
+    "B3 70"  #    16          mov bl, 'p'       POWER_OFF
+    "75 0E"  #    18          jnz obey
+    "BA FD 03"  # 1A          mov dx, 0x3FD     serial port, line status
+    "EC"  #       1D          in al, dx
+    "A8 01"  #    1E          test al, 1        a letter has come?
+    "74 EC"  #    20          jz wait
+    "BA F8 03"  # 22          mov dx, 0x3F8
+    "EC"  #       25          in al, dx
+    "88 C3"  #    26          mov bl, al
+    "BE 3D 7C"  # 28 obey:    mov si, table
+    "AC"  #       2B next:    lodsb             a command's letter, 0 at the end
+    "84 C0"  #    2C          test al, al
+    "74 DE"  #    2E          jz wait
+    "88 C7"  #    30          mov bh, al
+    "AD"  #       32          lodsw             its port
+    "89 C2"  #    33          mov dx, ax
+    "AD"  #       35          lodsw             its word
+    "38 DF"  #    36          cmp bh, bl
+    "75 F1"  #    38          jne next
+    "EF"  #       3A          out dx, ax
+    "EB CB"  #    3B          jmp answer
+    #             3D table:   _COMMANDS
 )
 
 
