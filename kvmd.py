@@ -1364,7 +1364,7 @@ class Daemon:
         if time.monotonic() >= self._next_sign_of_life:
             self._give_sign_of_life()
         self._keep_state()
-        self._notifier.send_status(f"{len(self._monitors)} instances watched")
+        self._notifier.send_status(f"instances watched: {len(self._monitors)}")
 
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""

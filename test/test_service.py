@@ -937,7 +937,7 @@ def test_the_service_manager_is_told(
             for _ in range(3):
                 manager.wait_for("WATCHDOG=1")
             fake_qemu.listen()
-            manager.wait_for("STATUS=1 instances watched")
+            manager.wait_for("STATUS=instances watched: 1")
             daemon.send_signal(signal.SIGHUP)
             manager.wait_for("RELOADING=1")
             manager.wait_for("READY=1")
