@@ -282,10 +282,7 @@ class Storm:
     # What the process is told.
 
     def storm(self, seconds: float) -> int:
-        """Do as much as can be done in so many seconds; return how many deeds.
-
-        In the end there is a directory, if possible, and all guests listen.
-        """
+        """Do as much as can be done in so many seconds; return how many deeds."""
         end = time.monotonic() + seconds
         deeds = 0
         while time.monotonic() < end:
@@ -295,16 +292,24 @@ class Storm:
             if deeds % 16 == 0:
                 for guest in self.guests:
                     guest.serve()
-        for deed in (self.make_all, *[self.start_guest] * self.chance.randrange(4)):
-            with suppress(OSError):
-                deed()
+        if self.chance.random() < 0.9:
+            self.make_reachable()
         for guest in self.guests:
             if not guest.is_listening:
                 guest.listen()
         return deeds
 
-    def mistakes(self) -> list[str]:
-        """Return what is not as it should be by now: nothing, in the end."""
+    def make_reachable(self) -> None:
+        """See to it that there are a directory and guests in it."""
+        if self.parts[0].is_symlink() and not self.parts[0].exists():
+            self.parts[0].unlink()
+        self.control_dir.mkdir(parents=True, exist_ok=True)
+        for _ in range(self.chance.randint(1, 3)):
+            with suppress(OSError):
+                self.start_guest()
+
+    def truth(self) -> dict[str, object]:
+        """Return which guests can be reached, and which have not the clients due."""
         reachable = {
             guest.instance: guest for guest in self.guests if self.is_reachable(guest)
         }
@@ -313,15 +318,15 @@ class Storm:
             clients = guest.serve()
             in_its_place = reachable.get(guest.instance)
             if in_its_place is guest:
-                right, where = {1}, "in reach"
+                due, where = {1}, "in reach"
             elif in_its_place is None:
                 # It may be listened to, until there is another one.
-                right, where = {0, 1}, "out of reach"
+                due, where = {0, 1}, "out of reach"
             else:
-                right, where = {0}, "replaced"
-            if clients not in right:
+                due, where = {0}, "replaced"
+            if clients not in due:
                 mistakes.append(f"{guest.instance}, {where}, has {clients} clients")
-        return mistakes
+        return {"reachable": list(reachable), "mistakes": mistakes}
 
     def is_reachable(self, guest: Guest) -> bool:
         """Tell whether the control directory's path leads to a guest's socket."""
@@ -370,7 +375,7 @@ def main() -> None:
         if word == "storm":
             answer = storm.storm(float(arguments[0]))
         elif word == "rest":
-            answer = storm.mistakes()
+            answer = storm.truth()
         else:
             storm.end()
         print(json.dumps(answer), flush=True)

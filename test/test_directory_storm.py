@@ -37,13 +37,13 @@ RESCAN = "--rescan-interval=0.5"
 class Storm:
     """The process that makes the storm (storm.py); with mounts, in its own namespaces.
 
-    `deeds` counts what it did, `slowest` is the longest time in seconds that the
-    daemon took to be right after it.
+    `deeds` counts what it did, `connected` the guests that were found connected;
+    `slowest` is the longest time in seconds that the daemon took to be right.
     """
 
     def __init__(self, control_dir: Path, *further_deeds: str) -> None:
         self.control_dir = control_dir
-        self.deeds = 0
+        self.deeds = self.connected = 0
         self.slowest = 0.0
         self.interpreter: tuple[str, ...] = INTERPRETER
         command = [sys.executable, str(Path(__file__).with_name("storm.py"))]
@@ -71,12 +71,13 @@ class Storm:
         """Let it storm, then wait until the daemon knows what there is."""
         self.deeds += self.tell("storm", seconds)
         begin = time.monotonic()
-        mistakes = self.tell("rest")
-        while mistakes:
+        truth = self.tell("rest")
+        while truth["mistakes"]:
             if time.monotonic() - begin > SECONDS:
-                pytest.fail(f"after {self.deeds} deeds (seed {SEED}): {mistakes}")
+                pytest.fail(f"after {self.deeds} deeds (seed {SEED}): {truth}")
             time.sleep(0.01)
-            mistakes = self.tell("rest")
+            truth = self.tell("rest")
+        self.connected += len(truth["reachable"])
         self.slowest = max(self.slowest, time.monotonic() - begin)
 
     def close(self) -> None:
@@ -147,7 +148,11 @@ def weather(storm: Storm, daemon: Daemon, seconds: float) -> None:
     calm(storm, daemon)
     assert descriptors(daemon) == before
     assert memory(daemon) - memory_before < 2048
-    print(f"{storm.deeds} deeds; right again after {storm.slowest:.3f} s at most")
+    assert storm.connected > 0
+    print(
+        f"{storm.deeds} deeds, {storm.connected} guests connected in the rests;"
+        f" right again after {storm.slowest:.3f} s at most"
+    )
 
 
 STORMS = pytest.mark.parametrize(
