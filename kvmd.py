@@ -938,10 +938,12 @@ class Monitor:
         if self._reactor.log.debugging:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
-        complaint, remainder = self._protocol.complaint, self._protocol.remainder
+        complaint = self._protocol.complaint
+        before = self._protocol.remainder, self.state.export()
         for message in self._protocol.receive(data):
             self._take(message)
-        self._reactor.changed |= self._protocol.remainder != remainder
+        after = self._protocol.remainder, self.state.export()
+        self._reactor.changed |= after != before
         if self._protocol.complaint != complaint:
             self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
         if not data:
@@ -956,7 +958,6 @@ class Monitor:
 
     def _take(self, message: Greeting | Status | Event) -> None:
         ruling, timestamp = None, None
-        self._reactor.changed = True
         if isinstance(message, Greeting):
             self._version = message.version
             self._enter(Phase.CONNECTED)
@@ -1153,7 +1154,7 @@ def write_state_file(state: dict[str, object]) -> int:
 
     fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "w", encoding="ascii", closefd=False) as file:
-        json.dump(state, file)
+        file.write(json.dumps(state))  # json.dump takes four times as long
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
     return fd

@@ -21,6 +21,7 @@ import pytest
 from daemon import INSTANCE, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
+from status import status_table
 from systemd import Service, Systemd
 from variant import program_with
 
@@ -29,6 +30,7 @@ import kvmd
 RESET = event_line("RESET")
 POWERDOWN = event_line("POWERDOWN")
 STOP = event_line("STOP")
+RESUME = event_line("RESUME")
 PANIC = event_line("GUEST_PANICKED", action="pause")
 NOISE = event_line("VNC_CONNECTED", server={}, client={})
 USER_SHUTDOWN = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
@@ -50,7 +52,7 @@ WAYS = [
     Way([USER_SHUTDOWN], USER),
     Way([RESET, USER_SHUTDOWN], USER),
     Way([POWERDOWN, RESET, USER_SHUTDOWN], USER),
-    Way([STOP, event_line("RESUME"), event_line("SHUTDOWN")], "user no-data"),
+    Way([STOP, RESUME, event_line("SHUTDOWN")], "user no-data"),
     Way([POWERDOWN, USER_SHUTDOWN], AFTER_POWERDOWN),
     Way([STOP, event_line("SHUTDOWN")], "not-user no-data,stopped"),
     Way([PANIC, event_line("SHUTDOWN", guest=True)], "not-user guest,panicked"),
@@ -184,15 +186,7 @@ def wait_for_suicide(service: Daemon) -> None:
 
 def wait_until_forgotten(service: Service) -> None:
     """Wait until the daemon has no more to say of any instance."""
-    answers = service.log.count(" INFO status: version ")
-
-    def ask() -> bool:
-        nonlocal answers
-        answers += 1
-        service.send_signal(signal.SIGUSR1)
-        return " 0 instances" in service.wait_for_log(" status: version .*", answers)[0]
-
-    wait_until(ask, "the daemon to have forgotten the instance")
+    wait_until(lambda: not status_table(service), "the instance to be forgotten")
 
 
 def verdicts(service: Daemon, instance: str = INSTANCE) -> list[str]:
@@ -374,6 +368,22 @@ def test_a_crash_after_a_restart_in_place_loses_nothing(
     assert verdicts(service) == [AFTER_POWERDOWN]
 
 
+def test_of_several_states_the_newest_counts(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    for event in (STOP, POWERDOWN):
+        crash(service)
+        fake_qemu.send(event)
+        fake_qemu.wait_until_read()
+    crash(service)
+    assert {"state-0", "state-1"} < set(systemd.names)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [AFTER_POWERDOWN]
+
+
 def test_a_stop_and_a_start_lose_nothing(
     service: Service, systemd: Systemd, fake_qemu: FakeQemu
 ) -> None:
@@ -388,18 +398,30 @@ def test_a_stop_and_a_start_lose_nothing(
     assert verdicts(service) == [AFTER_POWERDOWN]
 
 
+def test_what_changes_nothing_is_not_kept_again(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    before = kept_state(systemd)
+    for _ in range(3):
+        fake_qemu.send(RESET + NOISE)
+        fake_qemu.wait_until_read()
+    assert kept_state(systemd) == before
+
+
 def test_nothing_piles_up_in_the_store(
     service: Service, systemd: Systemd, fake_qemu: FakeQemu
 ) -> None:
     service.start()
     negotiate(fake_qemu, systemd)
-    for _ in range(3):
+    for event in (STOP, RESUME, STOP):
         crash(service)
-        fake_qemu.send(RESET)
+        fake_qemu.send(event)
         fake_qemu.wait_until_read()
     service.send_signal(signal.SIGUSR2)
     service.wait_for_log(" INFO started", 5)
-    fake_qemu.send(RESET)
+    fake_qemu.send(RESUME)
     fake_qemu.wait_until_read()
     assert len(systemd.names) <= 3  # the connection, the state, the one before
     fake_qemu.send(USER_SHUTDOWN)
@@ -483,6 +505,7 @@ def test_what_is_looked_at_and_then_followed_by_a_new_socket_counts_once(
     service.start()
     negotiate(fake_qemu, systemd)
     service.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, service.pid, os.WSTOPPED)
     fake_qemu.send(RESET + USER_SHUTDOWN)
     fake_qemu.exit()
     fake_qemu.listen()
