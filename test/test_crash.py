@@ -98,7 +98,6 @@ BEFORE_THE_STATE_IS_KEPT = [
     'die("after", kvmd, "write_state_file")',
 ]
 SINCE_THE_STATE_IS_KEPT = [
-    'die("after", kvmd.Notifier, "store")',
     'die("before", kvmd.Monitor, "consume")',
     'die("after", kvmd.Monitor, "consume")',
 ]
@@ -191,7 +190,7 @@ def wait_until_forgotten(service: Service) -> None:
 
 def verdicts(service: Daemon, instance: str = INSTANCE) -> list[str]:
     """Return all verdicts on the instance so far, each with its cause."""
-    pattern = rf" {re.escape(instance)}: verdict=(\S+) cause=(\S+)"
+    pattern = rf" INFO {re.escape(instance)}: verdict=(\S+) cause=(\S+)"
     return [" ".join(found) for found in re.findall(pattern, service.log)]
 
 
@@ -351,6 +350,26 @@ def test_a_guest_that_went_down_and_up_meanwhile_has_no_shutdown_file(
     service.wait_for_verdict(INSTANCE, 2)
     assert verdicts(service) == [USER, RUNNING]
     assert not fake_qemu.shutdown_file.exists()
+
+
+def test_a_file_that_could_not_be_made_before_the_crash_is_made_after_it(
+    service: Service, systemd: Systemd, control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    program = program_with(
+        control_dir.parent,
+        "def full(*_): raise OSError(28, 'No space left on device')\n"
+        "kvmd.create_shutdown_file = full\n",
+    )
+    with Service(systemd, control_dir, program=program) as unlucky:
+        negotiate(fake_qemu, systemd)
+        fake_qemu.send(USER_SHUTDOWN)
+        fake_qemu.wait_until_read()
+        fake_qemu.exit()
+        unlucky.wait_for_log(" ERROR .*No space left on device")
+    service.start()
+    wait_until_forgotten(service)
+    assert verdicts(service) == [USER]
+    assert fake_qemu.shutdown_file.exists()
 
 
 def test_a_crash_after_a_restart_in_place_loses_nothing(
