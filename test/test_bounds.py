@@ -161,7 +161,7 @@ def test_hundreds_of_instances_end_at_once_and_leave_nothing(
     before = descriptors(daemon)
     end_all_at_once(daemon, crowd, 300)
     assert descriptors(daemon) == before
-    assert max(delays(daemon.log)) < 1000
+    assert max(delays(daemon.log)) < 5000
 
 
 @pytest.mark.soak

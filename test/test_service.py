@@ -489,6 +489,7 @@ def test_log_lines_are_those_of_ganetis_daemons(
         rf" INFO {INSTANCE}: verdict=user cause=guest-shutdown event=\d+\.\d{{6}}"
         r" file=created after=\d+\.\dms$"
     )
+    daemon.stop()  # no more lines come
     lines = daemon.log.splitlines()
     assert all(LOG_LINE.fullmatch(line) for line in lines)
     assert all(f" pid={daemon.pid} " in line for line in lines)
