@@ -138,7 +138,9 @@ def start_deadly(systemd: Systemd, control_dir: Path) -> Iterator[StartDeadly]:
         def start(thing: bytes, moment: str) -> Service:
             patch = f"{SUICIDE}\narm_when({thing!r})\n{moment}"
             program = program_with(control_dir.parent, patch)
-            service = Service(systemd, control_dir, program=program)
+            service = Service(
+                systemd, control_dir, program=program, interpreter=[sys.executable]
+            )
             ending.enter_context(service)
             return service
 
