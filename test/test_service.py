@@ -777,6 +777,70 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
             kvmd.parse_arguments = lambda arguments: options
             sys.settrace(trace)
             status = kvmd.main()
+KILL_THE_STARTER = """
+import os, signal
+starter = os.getpid()
+original = kvmd.Daemon.start
+def start(*arguments):
+    os.kill(starter, signal.SIGKILL)
+    original(*arguments)
+kvmd.Daemon.start = start
+"""
+
+
+def test_a_starter_that_is_killed_is_no_matter(node: Node) -> None:
+    program = program_with(node.directory, KILL_THE_STARTER)
+    _kvmd, *options = node.command()[1:]
+    starter = subprocess.run(
+        [sys.executable, program, *options],
+        check=False,
+        env=node.environment,
+        timeout=SECONDS,
+    )
+    assert starter.returncode == -signal.SIGKILL
+    wait_until(lambda: " INFO started kvmd " in node.log, "the daemon is at work")
+    node.stop()
+
+
+def niceness(pid: int) -> tuple[int, str]:
+    """Return the niceness of a process, and of what its session is scheduled as."""
+    autogroup = Path(f"/proc/{pid}/autogroup")
+    group = autogroup.read_text().split()[-1] if autogroup.exists() else ""
+    return os.getpriority(os.PRIO_PROCESS, pid), group
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_it_goes_before_the_guests(node: Node) -> None:
+    own, group = niceness(os.getpid())
+    pid = node.start()
+    assert niceness(pid) == (kvmd.NICENESS, group and str(kvmd.NICENESS))
+    assert niceness(os.getpid()) == (own, group)
+    node.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_a_foreground_session_of_its_own_goes_before_the_guests(node: Node) -> None:
+    _, group = niceness(os.getpid())
+    with subprocess.Popen(
+        node.command("--foreground"), env=node.environment, start_new_session=True
+    ) as process:
+        try:
+            wait_until(lambda: " INFO started kvmd " in node.log, "it is at work")
+            found = niceness(process.pid)
+        finally:
+            process.terminate()
+    assert found == (kvmd.NICENESS, group and str(kvmd.NICENESS))
+
+
+def test_in_the_foreground_the_starters_session_stays_as_it_is(
+    control_dir: Path,
+) -> None:
+    _, before = niceness(os.getpid())
+    with Daemon(control_dir) as daemon:
+        assert niceness(daemon.pid)[1] == before
+        daemon.stop()
+
+
         finally:
             os._exit(status)
     _, status = os.waitpid(pid, 0)
