@@ -503,7 +503,7 @@ class Notifier:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
         address = environment.get("NOTIFY_SOCKET", "")
         #: Whether there is a service manager that listens.
-        self.is_wanted = address[:1] in {"/", "@"}
+        self.is_heard = address[:1] in {"/", "@"}
         self._address = "\0" + address[1:] if address[:1] == "@" else address
         #: Seconds between signs of life, as often as sd_watchdog_enabled(3) advises.
         self.watchdog_interval = NEVER
@@ -513,7 +513,7 @@ class Notifier:
         watched = microseconds.isdecimal() and watched_pid == str(os.getpid())
         if watched and int(microseconds) > 0:
             self.watchdog_interval = int(microseconds) / 2e6
-        if self.is_wanted:
+        if self.is_heard:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             # Not settimeout: with a full queue at the other end, that spins.
             self._socket.setsockopt(
@@ -528,7 +528,7 @@ class Notifier:
 
         Nothing else that is done here depends on it.
         """
-        if not self.is_wanted:
+        if not self.is_heard:
             return False
         message = ["\n".join(assignments).encode()]
         # Not socket.send_fds: that drops the address.
@@ -593,6 +593,24 @@ def remove_shutdown_file(path: str) -> str:
         os.unlink(path)
     except FileNotFoundError:
         return "none"
+    def store_connection(self, connection: socket.socket) -> None:
+        """Have a connection kept."""
+        if self.is_heard:
+            self.store(connection_name(connection), connection.fileno())
+
+    def discard_connection(self, connection: socket.socket) -> None:
+        """Have a connection kept no longer."""
+        if self.is_heard:
+            self.discard(connection_name(connection))
+
+
+def connection_name(connection: socket.socket) -> str:
+    """Return the name under which a connection is kept: it holds its inode number.
+
+    The number stays with the socket in whichever process it is.
+    """
+    return f"connection-{os.fstat(connection.fileno()).st_ino}"
+
     except IsADirectoryError:
         return "directory"
     return "removed"
@@ -631,14 +649,6 @@ def socket_identity(path: str) -> int | None:
     if not stat.S_ISSOCK(status.st_mode):
         return None
     return hash((status.st_dev, status.st_ino, status.st_mtime_ns))
-
-
-def connection_name(connection: socket.socket) -> str:
-    """Return the name under which a connection is kept: it holds its inode number.
-
-    The number stays with the socket in whichever process it is.
-    """
-    return f"connection-{os.fstat(connection.fileno()).st_ino}"
 
 
 class Phase(enum.Enum):
@@ -683,7 +693,7 @@ class Reactor:
         self.log = log
         self.notifier = notifier
         self.selector = selectors.DefaultSelector()
-        self.receive_flags = socket.MSG_PEEK if notifier.is_wanted else 0
+        self.receive_flags = socket.MSG_PEEK if notifier.is_heard else 0
         #: Monitors that have looked at something without taking it out.
         self.unconsumed: list[Monitor] = []
         #: Some monitor's state is not what was kept last.
@@ -840,7 +850,7 @@ class Monitor:
         except OSError:
             pass  # the peer has closed already, and its last words may wait to be read
         self._adopt(connection, Protocol())
-        self._reactor.notifier.store(connection_name(connection), connection.fileno())
+        self._reactor.notifier.store_connection(connection)
         self._enter(Phase.AWAITING_GREETING)
         self._reactor.expect_greeting(self)
 
@@ -939,11 +949,12 @@ class Monitor:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
         complaint = self._protocol.complaint
-        before = self._protocol.remainder, self.state.export()
-        for message in self._protocol.receive(data):
+        remainder = self._protocol.remainder
+        messages = self._protocol.receive(data)
+        for message in messages:
             self._take(message)
-        after = self._protocol.remainder, self.state.export()
-        self._reactor.changed |= after != before
+        if messages or self._protocol.remainder != remainder:
+            self._reactor.changed = True
         if self._protocol.complaint != complaint:
             self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
         if not data:
@@ -998,7 +1009,7 @@ class Monitor:
 
     def _disconnect(self) -> None:
         if self._socket is not None:
-            self._reactor.notifier.discard(connection_name(self._socket))
+            self._reactor.notifier.discard_connection(self._socket)
             # It isn't registered if that failed: epoll(7) has limits of its own.
             if self._socket in self._reactor.selector.get_map():
                 self._reactor.selector.unregister(self._socket)
@@ -1369,7 +1380,7 @@ class Daemon:
 
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""
-        if self._reactor.changed and self._notifier.is_wanted:
+        if self._reactor.changed and self._notifier.is_heard:
             self._reactor.changed = not self._store_state()
         for monitor in self._reactor.unconsumed:
             monitor.consume()
