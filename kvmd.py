@@ -1099,7 +1099,7 @@ class Monitor:
         """Return a monitor that goes on where the exported one stood.
 
         Without its connection it connects anew, unless there is no more to be heard.
-        Raises KeyError, TypeError or ValueError for what was not exported.
+        Raises MALFORMED for what was not exported.
         """
         monitor = cls(record["instance"], record["suffix"], reactor)
         monitor.identity = record["identity"]
@@ -1172,7 +1172,7 @@ def write_state_file(state: dict[str, object]) -> int:
 
 
 def read_state_file(fd: int) -> dict[str, Any]:
-    """Return the state in a memory file. Raises OSError, ValueError."""
+    """Return the state in a memory file. Raises OSError, MALFORMED."""
     import json
 
     state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
@@ -1209,6 +1209,10 @@ class Inheritance:
                 connection.setblocking(False)
                 connection.set_inheritable(False)
                 self.connections[connection_name(connection)] = connection
+#: What reading a state raises that has another form.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
                 continue
             if target.startswith(f"/memfd:{STATE_NAME}"):
                 self._read_state(fd)
@@ -1222,7 +1226,7 @@ class Inheritance:
             state = read_state_file(fd)
             if state["serial"] > self.state.get("serial", -1):
                 self.state = state
-        except Exception as error:  # it may hold anything
+        except (OSError, *MALFORMED) as error:
             self.problem = error
 
     @property
@@ -1334,7 +1338,7 @@ class Daemon:
                 monitor = Monitor.restore(record, connection, self._reactor)
                 self._monitors[monitor.instance] = monitor
                 connections.pop(name, None)
-        except Exception as error:  # it may hold anything
+        except (OSError, *MALFORMED) as error:
             problem = error
         if problem is not None:
             self._log.warning(
