@@ -373,6 +373,8 @@ class Protocol:
             if len(line) > LINE_LIMIT:
                 raise ValueError(OVERLONG)
             message = parse_message(line)
+            if self._greeted and isinstance(message, Greeting):
+                raise ValueError("a second greeting")
         except (ValueError, RecursionError) as error:
             self._complain(f"{error}: {line[:80]!r}")
             return None

@@ -420,6 +420,13 @@ def test_first_bad_line_is_complained_of(listening: Protocol) -> None:
     assert listening.complaint.endswith(r"""b'{"event": "STOP"'""")
 
 
+def test_second_greeting_is_skipped_with_a_complaint(listening: Protocol) -> None:
+    greeting = b'{"QMP": {"version": {}}}\n'
+    protocol = Protocol()
+    assert hear(protocol, [greeting * 2]) == [Greeting("unknown")]
+    assert protocol.complaint is not None and "second greeting" in protocol.complaint
+
+
 def test_complaint_about_a_long_line_is_short() -> None:
     protocol = Protocol()
     hear(protocol, [b"\xff" * 60000 + b"\n"])
