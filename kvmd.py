@@ -404,8 +404,13 @@ class Log:
     """Log lines as Ganeti's Python daemons write them, to a file and elsewhere.
 
     Not the logging module: importing it costs a third of the time that a start may
-    take, and an eighth of the memory. Writing never raises and never blocks.
+    take, and an eighth of the memory. Writing never raises and never blocks. What may
+    be said about one instance is limited, for a guest may have a hand in it.
     """
+
+    #: Lines about one instance within PERIOD seconds, not counting debug messages.
+    LINES_PER_PERIOD = 60
+    PERIOD = 60.0
 
     def __init__(
         self, path: str | None, sinks: list[Callable[[str, str], None]]
@@ -415,7 +420,12 @@ class Log:
         self.debugging = False
         self.sinks = sinks
         self._fd: int | None = None
+        #: The last line in the file lacks its end.
+        self._torn = False
         self._troubles: set[str] = set()
+        #: Instance -> lines in the period that ends then (time.monotonic()).
+        self._lines: dict[str, int] = {}
+        self._end_of_period = 0.0
 
     def open(self) -> None:
         """Open the file; raises OSError, and keeps the one that was open before."""
@@ -423,6 +433,7 @@ class Log:
             return
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK
         fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+        self._torn = False
         if self._fd is None:
             self._fd = fd
         else:
@@ -432,28 +443,30 @@ class Log:
     def debug(self, message: str) -> None:
         """Log what only `--debug` shows."""
         if self.debugging:
-            self._log("DEBUG", message)
+            self._write("DEBUG", message)
 
-    def info(self, message: str) -> None:
+    def info(self, message: str, instance: str | None = None) -> None:
         """Log a verdict, or a step of the daemon's life."""
-        self._log("INFO", message)
+        self._log("INFO", message, instance)
 
-    def warning(self, message: str) -> None:
+    def warning(self, message: str, instance: str | None = None) -> None:
         """Log a degraded state."""
-        self._log("WARNING", message)
+        self._log("WARNING", message, instance)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str, instance: str | None = None) -> None:
         """Log a failure that somebody has to look at."""
-        self._log("ERROR", message)
+        self._log("ERROR", message, instance)
 
-    def exception(self, message: str, error: BaseException) -> None:
+    def exception(
+        self, message: str, error: BaseException, instance: str | None = None
+    ) -> None:
         """Log a failure with the exception's traceback."""
         import traceback
 
-        self.error(message)
+        self.error(message, instance)
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         for line in "".join(lines).splitlines():
-            self.error(line)
+            self.error(line, instance)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
         """Warn of a degraded state, once until it is over."""
@@ -467,7 +480,32 @@ class Log:
             self._troubles.remove(trouble)
             self.info(f"{trouble}: it is over")
 
-    def _log(self, level: str, message: str) -> None:
+    def _log(self, level: str, message: str, instance: str | None) -> None:
+        """Log a line, unless there were too many about its instance."""
+        if instance is None:
+            self._write(level, message)
+            return
+        if time.monotonic() >= self._end_of_period:
+            self._begin_period()
+        count = self._lines[instance] = self._lines.get(instance, 0) + 1
+        if count <= self.LINES_PER_PERIOD:
+            self._write(level, f"{instance}: {message}")
+        elif count == self.LINES_PER_PERIOD + 1:
+            self._write(
+                "WARNING",
+                f"{instance}: more than {self.LINES_PER_PERIOD} lines within"
+                f" {self.PERIOD:.0f} s; leaving out the next ones",
+            )
+
+    def _begin_period(self) -> None:
+        for instance, count in self._lines.items():
+            if count > self.LINES_PER_PERIOD:
+                left_out = count - self.LINES_PER_PERIOD
+                self._write("INFO", f"{instance}: lines left out: {left_out}")
+        self._lines.clear()
+        self._end_of_period = time.monotonic() + self.PERIOD
+
+    def _write(self, level: str, message: str) -> None:
         now = time.time()
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         line = (
@@ -475,17 +513,14 @@ class Log:
             f" {printable(message)}"
         )
         if self._fd is not None:
-            write_line(self._fd, line)
+            self._append(self._fd, line)
         for sink in self.sinks:
             sink(level, line)
 
-
-def write_line(fd: int, line: str) -> None:
-    """Write a line to a log file or stderr; what can't be written now is lost."""
-    try:
-        os.write(fd, line.encode() + b"\n")
-    except OSError:
-        pass  # a full disk must not stop the daemon, and there is no one to tell
+    def _append(self, fd: int, line: str) -> None:
+        data = b"\n" * self._torn + line.encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk must not stop the daemon
+            self._torn = os.write(fd, data) < len(data)
 
 
 # ---- The service manager -------------------------------------------------------------
@@ -558,6 +593,24 @@ class Notifier:
         """Have a descriptor kept no longer."""
         self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
+    def store_connection(self, connection: socket.socket) -> None:
+        """Have a connection kept."""
+        if self.is_heard:
+            self.store(connection_name(connection), connection.fileno())
+
+    def discard_connection(self, connection: socket.socket) -> None:
+        """Have a connection kept no longer."""
+        if self.is_heard:
+            self.discard(connection_name(connection))
+
+
+def connection_name(connection: socket.socket) -> str:
+    """Return the name under which a connection is kept: it holds its inode number.
+
+    The number stays with the socket in whichever process it is.
+    """
+    return f"connection-{os.fstat(connection.fileno()).st_ino}"
+
 
 # ---- The shutdown file ---------------------------------------------------------------
 
@@ -595,24 +648,6 @@ def remove_shutdown_file(path: str) -> str:
         os.unlink(path)
     except FileNotFoundError:
         return "none"
-    def store_connection(self, connection: socket.socket) -> None:
-        """Have a connection kept."""
-        if self.is_heard:
-            self.store(connection_name(connection), connection.fileno())
-
-    def discard_connection(self, connection: socket.socket) -> None:
-        """Have a connection kept no longer."""
-        if self.is_heard:
-            self.discard(connection_name(connection))
-
-
-def connection_name(connection: socket.socket) -> str:
-    """Return the name under which a connection is kept: it holds its inode number.
-
-    The number stays with the socket in whichever process it is.
-    """
-    return f"connection-{os.fstat(connection.fileno()).st_ino}"
-
     except IsADirectoryError:
         return "directory"
     return "removed"
@@ -1035,8 +1070,9 @@ class Monitor:
         error = self._write_file()
         if error is not None:
             self._reactor.log.error(
-                f"{self.instance}: {ruling}, but {self.shutdown_file}:"
-                f" {error.strerror}; trying again every second"
+                f"{ruling}, but {self.shutdown_file}: {error.strerror}; trying again"
+                " every second",
+                self.instance,
             )
 
     def _write_file(self) -> OSError | None:
@@ -1070,10 +1106,10 @@ class Monitor:
         self._reactor.log.debug(f"{self.instance}: {text}")
 
     def _info(self, text: str) -> None:
-        self._reactor.log.info(f"{self.instance}: {text}")
+        self._reactor.log.info(text, self.instance)
 
     def _warn(self, text: str) -> None:
-        self._reactor.log.warning(f"{self.instance}: {text}")
+        self._reactor.log.warning(text, self.instance)
 
     def export(self) -> dict[str, object]:
         """Return what the next program has to know of this instance."""
@@ -1173,6 +1209,10 @@ def write_state_file(state: dict[str, object]) -> int:
     return fd
 
 
+#: What reading a state raises that has another form.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
 def read_state_file(fd: int) -> dict[str, Any]:
     """Return the state in a memory file. Raises OSError, MALFORMED."""
     import json
@@ -1211,10 +1251,6 @@ class Inheritance:
                 connection.setblocking(False)
                 connection.set_inheritable(False)
                 self.connections[connection_name(connection)] = connection
-#: What reading a state raises that has another form.
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-
-
                 continue
             if target.startswith(f"/memfd:{STATE_NAME}"):
                 self._read_state(fd)
@@ -1445,7 +1481,7 @@ class Daemon:
             step(monitor)
         except Exception as error:
             self._log.exception(
-                f"{monitor.instance}: unexpected error; connecting anew", error
+                "unexpected error; connecting anew", error, monitor.instance
             )
             monitor.abandon()
         if monitor.phase is Phase.GONE and monitor.is_idle():
@@ -1973,6 +2009,11 @@ def interval(text: str) -> float:
 # ---- The service: process ------------------------------------------------------------
 
 
+SYSLOG_SOCKET = "/dev/log"
+#: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.
+NICENESS = -10
+
+
 class StartError(Exception):
     """The daemon can't start; the message says why and what to do."""
 
@@ -2026,11 +2067,6 @@ class PidFile:
                 return fd
             os.close(fd)  # its last holder has removed it in between
         raise StartError(f"{self.path} is removed again and again")
-SYSLOG_SOCKET = "/dev/log"
-#: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.
-NICENESS = -10
-
-
 
     def _is_at_path(self, fd: int) -> bool:
         try:
@@ -2057,59 +2093,6 @@ def sanitize_process() -> None:
         comm.write(DAEMON_NAME)
 
 
-def detach() -> Callable[[str], None]:
-    """Go on in the background, in a session of its own.
-
-    The first process waits until what is returned is called, with an empty message if
-    the daemon is ready, or with the reason if it can't start; then it exits.
-    """
-    reader, writer = os.pipe()
-    if os.fork() != 0:
-        os.close(writer)
-        with open(reader, encoding="utf-8") as pipe:
-            report = pipe.read()
-        if report != "ready\n":
-            write_line(2, f"{DAEMON_NAME}: {report or 'died while starting'}")
-        os._exit(0 if report == "ready\n" else 1)
-    os.close(reader)
-    os.setsid()
-    if os.fork() != 0:
-        os._exit(0)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-
-    def report_to_starter(problem: str) -> None:
-        os.write(writer, (problem or "ready\n").encode())
-        os.close(writer)
-
-    return report_to_starter
-
-
-def stderr_sink(level: str, line: str) -> None:
-    """Write a log line to stderr, cut to what never blocks; not at all if it would."""
-    poll = select.poll()
-    poll.register(2, select.POLLOUT)
-    if poll.poll(0):
-        write_line(2, line[: select.PIPE_BUF // 4 - 1])  # up to 4 bytes a character
-
-
-def syslog_sink() -> Callable[[str, str], None]:
-    """Return a function that sends log lines to syslog, but no debug messages."""
-    import syslog
-
-    priorities = {
-        "INFO": syslog.LOG_INFO,
-        "WARNING": syslog.LOG_WARNING,
-        "ERROR": syslog.LOG_ERR,
-    }
-    syslog.openlog(DAEMON_NAME, syslog.LOG_PID, syslog.LOG_DAEMON)
-
-    def send(level: str, line: str) -> None:
-        if level in priorities:
-            syslog.syslog(priorities[level], line.split(f" {level} ", 1)[1])
-
 def raise_priority() -> None:
     """Go before the guests' work, as far as that is permitted (sched(7)).
 
@@ -2123,6 +2106,74 @@ def raise_priority() -> None:
         with open("/proc/self/autogroup", "w", encoding="ascii") as autogroup:
             autogroup.write(str(NICENESS))
 
+
+def detach() -> Callable[[str], None]:
+    """Go on in the background, in a session of its own.
+
+    The first process waits until what is returned is called, with an empty message if
+    the daemon is ready, or with the reason if it can't start; then it exits.
+    """
+    reader, writer = os.pipe()
+    if os.fork() != 0:
+        os.close(writer)
+        with open(reader, encoding="utf-8") as pipe:
+            report = pipe.read()
+        if report != "ready\n":
+            write_to_stderr(f"{DAEMON_NAME}: {report or 'died while starting'}")
+        os._exit(0 if report == "ready\n" else 1)
+    os.close(reader)
+    os.setsid()
+    raise_priority()
+    if os.fork() != 0:
+        os._exit(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+    def report_to_starter(problem: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it was killed: go on without it
+            os.write(writer, (problem or "ready\n").encode())
+        os.close(writer)
+
+    return report_to_starter
+
+
+def write_to_stderr(line: str) -> None:
+    """Write a line to stderr; what can't be written is lost, for whom to tell?"""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode() + b"\n")
+
+
+def stderr_sink(level: str, line: str) -> None:
+    """Write a log line to stderr, cut to what never blocks; not at all if it would."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    if poll.poll(0):
+        write_to_stderr(line[: select.PIPE_BUF // 4 - 1])  # up to 4 bytes a character
+
+
+def syslog_sink() -> Callable[[str, str], None]:
+    """Return a function that sends log lines to syslog, but no debug messages.
+
+    It sends what syslog(3) does, but that waits as long as a syslogd is stuck.
+    """
+    import syslog
+
+    priorities = {
+        "INFO": syslog.LOG_DAEMON | syslog.LOG_INFO,
+        "WARNING": syslog.LOG_DAEMON | syslog.LOG_WARNING,
+        "ERROR": syslog.LOG_DAEMON | syslog.LOG_ERR,
+    }
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def send(level: str, line: str) -> None:
+        if level in priorities:
+            date = time.strftime("%b %e %T")
+            message = line.split(f" {level} ", 1)[1]
+            packet = f"<{priorities[level]}>{date} {DAEMON_NAME}[{os.getpid()}]: "
+            with contextlib.suppress(OSError):
+                sender.sendto((packet + message).encode(), SYSLOG_SOCKET)
 
     return send
 
@@ -2140,7 +2191,6 @@ NETLINK_HEADER = struct.Struct("=IHHII")
 DIAG_REQUEST = struct.Struct("=BBHIIIQ")
 DIAG_ANSWER = struct.Struct("=BBBBIQ")
 ATTRIBUTE_HEADER = struct.Struct("=HH")
-    raise_priority()
 
 #: Of a socket in /proc/net/unix: it listens; it is connected.
 SO_ACCEPTCON = 0x10000
@@ -2470,7 +2520,7 @@ def main() -> int:
     if not options.no_user_checks and os.geteuid() != 0:
         problem = "must run as root (or with --no-user-checks, for trials)"
     if problem and inheritance.pid_file is None:
-        write_line(2, printable(f"{DAEMON_NAME}: {problem}"))
+        write_to_stderr(printable(f"{DAEMON_NAME}: {problem}"))
         return 1
     return serve(options, log, inheritance)
 

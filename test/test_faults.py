@@ -420,7 +420,7 @@ def test_an_unexpected_error_costs_that_connection_alone(
         provoke(bad)
         daemon.wait_for_log(" ERROR bad: unexpected error; connecting anew")
         daemon.wait_for_log(" ERROR .*patched")
-        assert " ERROR Traceback" in daemon.log
+        assert " ERROR bad: Traceback" in daemon.log
         connect(daemon, fake_qemu)
         assert " verdict=user " in end_by_user(daemon, fake_qemu)
         assert fake_qemu.shutdown_file.exists()

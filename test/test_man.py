@@ -26,9 +26,10 @@ WIDTH = 999
 # What logs a message, or makes one that is logged; and what names one that will be.
 LOGGING = {
     *("info", "warning", "error", "exception", "begin_trouble", "end_trouble"),
-    *("_info", "_warn", "tell", "StartError", "Finding"),
+    *("_info", "_warn", "_write", "tell", "StartError", "Finding"),
 }
 MESSAGES = {"problem", "text"}
+LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
 
 # The causes that are no reason of QEMU's, and the data of the SHUTDOWN behind them.
 DATA_WITHOUT_REASON: dict[str, object] = {
@@ -129,7 +130,7 @@ def constant_parts(node: ast.expr) -> list[str]:
         node = ast.Constant(getattr(kvmd, node.id, None))
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     values = [getattr(part, "value", None) for part in parts]
-    return [value for value in values if isinstance(value, str)]
+    return [value for value in values if isinstance(value, str) and value not in LEVELS]
 
 
 def test_every_option_and_its_default_is_on_the_page(page: str) -> None:

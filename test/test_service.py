@@ -6,12 +6,14 @@ import fcntl
 import itertools
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +22,7 @@ import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu
-from namespace import require_namespaces
+from namespace import call_in_process, require_namespaces
 from node import SETTINGS, Node
 from status import status_table
 from variant import program_with
@@ -592,16 +594,82 @@ def test_a_stderr_that_nobody_reads_stops_nothing(
             os.close(reader)
 
 
+def log_of_lines(lines: list[str]) -> kvmd.Log:
+    """Return a log whose lines, of level and message alone, are appended to a list."""
+    return kvmd.Log(None, [lambda _level, line: lines.append(line.split(" ", 4)[4])])
+
+
+def test_more_lines_about_one_instance_than_the_limit_are_left_out_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    log, limit = log_of_lines(lines), kvmd.Log.LINES_PER_PERIOD
+    for number in range(limit + 5):
+        log.info(f"line {number}", "talkative")
+    log.info("unaffected", "other")
+    log.info("unaffected")
+    beginning = [f"INFO talkative: line {number}" for number in range(limit)]
+    assert lines[:limit] == beginning
+    assert lines[limit:] == [
+        "WARNING talkative: more than 60 lines within 60 s; leaving out the next ones",
+        "INFO other: unaffected",
+        "INFO unaffected",
+    ]
+    later = time.monotonic() + log.PERIOD
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    lines.clear()
+    log.error("heard again", "talkative")
+    assert lines == [
+        "INFO talkative: lines left out: 5",
+        "ERROR talkative: heard again",
+    ]
+
+
+def test_a_guest_that_comes_back_again_and_again_cannot_fill_the_log(
+    node: Node, fake_qemu: FakeQemu
+) -> None:
+    node.start()
+    fake_qemu.listen()
+    fake_qemu.negotiate()
+    for _ in range(1000):
+        fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        fake_qemu.event("RESET")
+    fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    fake_qemu.wait_until_read()
+    wait_until(fake_qemu.shutdown_file.exists, "the last verdict")
+    assert node.log.count(INSTANCE) == kvmd.Log.LINES_PER_PERIOD + 1
+    node.stop()
+
+
+def test_a_line_torn_by_a_full_disk_is_not_gone_on_with(tmp_path: Path) -> None:
+    log = kvmd.Log(str(tmp_path / "log"), [])
+    log.open()
+
+    def write_with_little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        log.info("x" * 80)
+        log.info("lost")
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+        log.info("whole")
+        log.info("whole")
+
+    call_in_process(write_with_little_room)
+    torn, *whole = (tmp_path / "log").read_text().splitlines()
+    assert len(torn) == 100
+    assert len(whole) == 2 and all(LOG_LINE.fullmatch(line) for line in whole)
+
+
 PRIVATE_DEV = """
 touch "$1/null" && mount --bind /dev/null "$1/null" && mount --rbind "$1" /dev
 shift && exec "$@"
 """
 
 
-@pytest.mark.parametrize("mode", ["yes", "only"])
-def test_syslog_gets_all_but_debug_messages(
-    node: Node, fake_qemu: FakeQemu, mode: str
-) -> None:
+@contextmanager
+def syslog_of(node: Node, *options: str) -> Iterator[socket.socket]:
+    """Start the daemon with a syslog of its own; give what syslogd would read from."""
     require_namespaces()
     dev = node.directory / "dev"
     dev.mkdir()
@@ -609,10 +677,16 @@ def test_syslog_gets_all_but_debug_messages(
         syslog.bind(str(dev / "log"))
         syslog.settimeout(SECONDS)
         namespace = ("unshare", "--user", "--map-root-user", "--mount")
-        node.start(
-            *(f"--syslog={mode}", "--debug"),
-            prefix=(*namespace, "sh", "-ec", PRIVATE_DEV, "sh", str(dev)),
-        )
+        prefix = (*namespace, "sh", "-ec", PRIVATE_DEV, "sh", str(dev))
+        node.start(*options, prefix=prefix)
+        yield syslog
+
+
+@pytest.mark.parametrize("mode", ["yes", "only"])
+def test_syslog_gets_all_but_debug_messages(
+    node: Node, fake_qemu: FakeQemu, mode: str
+) -> None:
+    with syslog_of(node, f"--syslog={mode}", "--debug") as syslog:
         fake_qemu.listen()
         fake_qemu.negotiate()
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
@@ -620,12 +694,26 @@ def test_syslog_gets_all_but_debug_messages(
         while not messages or " verdict=user" not in messages[-1]:
             messages.append(syslog.recv(4096).decode())
         node.stop()
-    daemon_info, pid = 3 << 3 | 6, r"ganeti-kvmd\[\d+\]: "
+    daemon_info = 3 << 3 | 6
+    date, pid = r"[A-Z][a-z]{2} [ 1-3]\d \d\d:\d\d:\d\d", r"ganeti-kvmd\[\d+\]"
     assert re.fullmatch(
-        rf"<{daemon_info}>.*{pid}{INSTANCE}: verdict=user cause=.*", messages[-1]
+        rf"<{daemon_info}>{date} {pid}: {INSTANCE}: verdict=user cause=.*", messages[-1]
     )
     assert not any("<--" in message for message in messages)
     assert node.log_file.exists() == (mode == "yes")
+
+
+def test_a_syslog_that_is_stuck_stops_nothing(node: Node, fake_qemu: FakeQemu) -> None:
+    with syslog_of(node, "--syslog=only"):
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        for _ in range(1000):
+            os.kill(node.pid, signal.SIGHUP)
+            fake_qemu.event("RESET")
+            fake_qemu.wait_until_read()
+        fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        wait_until(fake_qemu.shutdown_file.exists, "the verdict")
+        node.stop()
 
 
 # ---- In the background ---------------------------------------------------------------
@@ -687,6 +775,70 @@ def test_at_the_starters_exit_the_daemon_is_ready(node: Node) -> None:
         fcntl.lockf(pid_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert " INFO watching " in node.log and " INFO started kvmd " in node.log
     node.stop()
+
+
+KILL_THE_STARTER = """
+import os, signal
+starter = os.getpid()
+original = kvmd.Daemon.start
+def start(*arguments):
+    os.kill(starter, signal.SIGKILL)
+    original(*arguments)
+kvmd.Daemon.start = start
+"""
+
+
+def test_a_starter_that_is_killed_is_no_matter(node: Node) -> None:
+    program = program_with(node.directory, KILL_THE_STARTER)
+    _kvmd, *options = node.command()[1:]
+    starter = subprocess.run(
+        [sys.executable, program, *options],
+        check=False,
+        env=node.environment,
+        timeout=SECONDS,
+    )
+    assert starter.returncode == -signal.SIGKILL
+    wait_until(lambda: " INFO started kvmd " in node.log, "the daemon is at work")
+    node.stop()
+
+
+def niceness(pid: int) -> tuple[int, str]:
+    """Return the niceness of a process, and of what its session is scheduled as."""
+    autogroup = Path(f"/proc/{pid}/autogroup")
+    group = autogroup.read_text().split()[-1] if autogroup.exists() else ""
+    return os.getpriority(os.PRIO_PROCESS, pid), group
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_it_goes_before_the_guests(node: Node) -> None:
+    own, group = niceness(os.getpid())
+    pid = node.start()
+    assert niceness(pid) == (kvmd.NICENESS, group and str(kvmd.NICENESS))
+    assert niceness(os.getpid()) == (own, group)
+    node.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_a_foreground_session_of_its_own_goes_before_the_guests(node: Node) -> None:
+    _, group = niceness(os.getpid())
+    with subprocess.Popen(
+        node.command("--foreground"), env=node.environment, start_new_session=True
+    ) as process:
+        try:
+            wait_until(lambda: " INFO started kvmd " in node.log, "it is at work")
+            found = niceness(process.pid)
+        finally:
+            process.terminate()
+    assert found == (kvmd.NICENESS, group and str(kvmd.NICENESS))
+
+
+def test_in_the_foreground_the_starters_session_stays_as_it_is(
+    control_dir: Path,
+) -> None:
+    _, before = niceness(os.getpid())
+    with Daemon(control_dir) as daemon:
+        assert niceness(daemon.pid)[1] == before
+        daemon.stop()
 
 
 def test_the_name_of_the_process_is_ganeti_kvmd_however_it_was_started(
@@ -777,70 +929,6 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
             kvmd.parse_arguments = lambda arguments: options
             sys.settrace(trace)
             status = kvmd.main()
-KILL_THE_STARTER = """
-import os, signal
-starter = os.getpid()
-original = kvmd.Daemon.start
-def start(*arguments):
-    os.kill(starter, signal.SIGKILL)
-    original(*arguments)
-kvmd.Daemon.start = start
-"""
-
-
-def test_a_starter_that_is_killed_is_no_matter(node: Node) -> None:
-    program = program_with(node.directory, KILL_THE_STARTER)
-    _kvmd, *options = node.command()[1:]
-    starter = subprocess.run(
-        [sys.executable, program, *options],
-        check=False,
-        env=node.environment,
-        timeout=SECONDS,
-    )
-    assert starter.returncode == -signal.SIGKILL
-    wait_until(lambda: " INFO started kvmd " in node.log, "the daemon is at work")
-    node.stop()
-
-
-def niceness(pid: int) -> tuple[int, str]:
-    """Return the niceness of a process, and of what its session is scheduled as."""
-    autogroup = Path(f"/proc/{pid}/autogroup")
-    group = autogroup.read_text().split()[-1] if autogroup.exists() else ""
-    return os.getpriority(os.PRIO_PROCESS, pid), group
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
-def test_it_goes_before_the_guests(node: Node) -> None:
-    own, group = niceness(os.getpid())
-    pid = node.start()
-    assert niceness(pid) == (kvmd.NICENESS, group and str(kvmd.NICENESS))
-    assert niceness(os.getpid()) == (own, group)
-    node.stop()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
-def test_a_foreground_session_of_its_own_goes_before_the_guests(node: Node) -> None:
-    _, group = niceness(os.getpid())
-    with subprocess.Popen(
-        node.command("--foreground"), env=node.environment, start_new_session=True
-    ) as process:
-        try:
-            wait_until(lambda: " INFO started kvmd " in node.log, "it is at work")
-            found = niceness(process.pid)
-        finally:
-            process.terminate()
-    assert found == (kvmd.NICENESS, group and str(kvmd.NICENESS))
-
-
-def test_in_the_foreground_the_starters_session_stays_as_it_is(
-    control_dir: Path,
-) -> None:
-    _, before = niceness(os.getpid())
-    with Daemon(control_dir) as daemon:
-        assert niceness(daemon.pid)[1] == before
-        daemon.stop()
-
-
         finally:
             os._exit(status)
     _, status = os.waitpid(pid, 0)
