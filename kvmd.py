@@ -986,17 +986,21 @@ class Monitor:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
         complaint = self._protocol.complaint
-        remainder = self._protocol.remainder
-        messages = self._protocol.receive(data)
-        for message in messages:
+        before = self._state_to_keep()
+        for message in self._protocol.receive(data):
             self._take(message)
-        if messages or self._protocol.remainder != remainder:
-            self._reactor.changed = True
+        self._reactor.changed |= self._state_to_keep() != before
         if self._protocol.complaint != complaint:
             self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
         if not data:
             self._end()
         return bool(data)
+
+    def _state_to_keep(self) -> object:
+        """Return what reading may change of the state, None if nobody keeps that."""
+        if self._protocol is None or not self._reactor.notifier.is_heard:
+            return None
+        return self._protocol.remainder, self.state.export()
 
     def consume(self) -> None:
         """Take out of the socket what was only looked at before."""
@@ -1156,7 +1160,7 @@ class Monitor:
             monitor._skip_unconsumed()
             reactor.expect_greeting(monitor)
         elif monitor.state.ruling is not None:
-            monitor.phase = Phase.ENDED
+            monitor.phase = Phase.ENDED if socket_identity(monitor.path) else Phase.GONE
         if connection is None or monitor._unwritten is not None:
             reactor.set_timer(monitor, FIRST_DELAY)
         return monitor

@@ -136,7 +136,8 @@ class Daemon:
 
     def wait_for_verdict(self, instance: str, times: int = 1) -> str:
         """Wait for the n-th verdict on an instance, return its line in the log."""
-        return self.wait_for_log(f" INFO {re.escape(instance)}: verdict=.*", times)[0]
+        pattern = f"(?<= INFO) {re.escape(instance)}: verdict=.*"
+        return self.wait_for_log(pattern, times)[0]
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process."""

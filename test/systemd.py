@@ -204,10 +204,14 @@ class Systemd:
 
 
 class Service(Daemon):
-    """The daemon as systemd starts it; a start after a crash begins with the store."""
+    """The daemon as systemd starts it; a start after a crash begins with the store.
+
+    It looks at the directory at its start alone, so that no rescan makes good for what
+    is taken over wrongly.
+    """
 
     def __init__(self, systemd: Systemd, control_dir: Path, **options: Any) -> None:
-        super().__init__(control_dir, **options)
+        super().__init__(control_dir, "--rescan-interval=0", **options)
         self.systemd = systemd
 
     def _spawn(self, stderr: IO[bytes]) -> subprocess.Popen[bytes]:

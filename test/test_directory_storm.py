@@ -167,7 +167,7 @@ def test_what_can_be_reached_is_connected_whenever_the_storm_rests(
     control_dir: Path, option: str, further_deeds: list[str]
 ) -> None:
     with daemon_in_storm(control_dir.parent, option, *further_deeds) as in_storm:
-        weather(*in_storm, seconds=3)
+        weather(*in_storm, seconds=2)
 
 
 @pytest.mark.soak
