@@ -22,6 +22,7 @@ import fcntl
 import gc
 import heapq
 import itertools
+import json
 import os
 import re
 import resource
@@ -236,9 +237,6 @@ def parse_message(line: bytes) -> Greeting | Status | Event | None:
 
     Raises ValueError, or RecursionError for deep nesting, if it is no QMP message.
     """
-    # Late: a first connection is made before there is anything to parse.
-    import json
-
     message = json.loads(line.decode("utf-8"))
     if not isinstance(message, dict):
         raise ValueError("not an object")
@@ -1203,8 +1201,6 @@ STATE_NAME = "kvmd-state"
 
 def write_state_file(state: dict[str, object]) -> int:
     """Return the descriptor of a sealed memory file with the state. Raises OSError."""
-    import json
-
     fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "w", encoding="ascii", closefd=False) as file:
         file.write(json.dumps(state))  # json.dump takes four times as long
@@ -1219,8 +1215,6 @@ MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 def read_state_file(fd: int) -> dict[str, Any]:
     """Return the state in a memory file. Raises OSError, MALFORMED."""
-    import json
-
     state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
         raise ValueError(f"not of version {STATE_VERSION}")
