@@ -374,16 +374,31 @@ def test_a_file_that_could_not_be_made_before_the_crash_is_made_after_it(
     assert fake_qemu.shutdown_file.exists()
 
 
-def test_a_crash_after_a_restart_in_place_loses_nothing(
-    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+def stop_and_start(service: Daemon) -> None:
+    service.stop()
+    service.start()
+
+
+def restart_in_place_and_crash(service: Daemon) -> None:
+    service.send_signal(signal.SIGUSR2)
+    service.wait_for_log(" INFO started", 2)
+    crash(service)
+
+
+@pytest.mark.parametrize(
+    "interrupt", [crash, stop_and_start, restart_in_place_and_crash]
+)
+def test_a_powerdown_before_an_interruption_counts_after_it(
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    interrupt: Callable[[Daemon], None],
 ) -> None:
     service.start()
     negotiate(fake_qemu, systemd)
     fake_qemu.send(POWERDOWN)
     fake_qemu.wait_until_read()
-    service.send_signal(signal.SIGUSR2)
-    service.wait_for_log(" INFO started", 2)
-    crash(service)
+    interrupt(service)
     fake_qemu.send(USER_SHUTDOWN)
     service.wait_for_verdict(INSTANCE)
     assert verdicts(service) == [AFTER_POWERDOWN]
@@ -400,20 +415,6 @@ def test_of_several_states_the_newest_counts(
         fake_qemu.wait_until_read()
     crash(service)
     assert {"state-0", "state-1"} < set(systemd.names)
-    fake_qemu.send(USER_SHUTDOWN)
-    service.wait_for_verdict(INSTANCE)
-    assert verdicts(service) == [AFTER_POWERDOWN]
-
-
-def test_a_stop_and_a_start_lose_nothing(
-    service: Service, systemd: Systemd, fake_qemu: FakeQemu
-) -> None:
-    service.start()
-    negotiate(fake_qemu, systemd)
-    fake_qemu.send(POWERDOWN)
-    fake_qemu.wait_until_read()
-    service.stop()
-    service.start()
     fake_qemu.send(USER_SHUTDOWN)
     service.wait_for_verdict(INSTANCE)
     assert verdicts(service) == [AFTER_POWERDOWN]

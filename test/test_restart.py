@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -116,21 +116,17 @@ def test_a_verdict_from_before_stands(daemon: Daemon, qemu: FakeQemu) -> None:
     assert daemon.log.count(": verdict=") == 1
 
 
-def test_a_program_that_does_not_run_replaces_nothing(
-    daemon: Daemon, qemu: FakeQemu, installed: Path
-) -> None:
+def break_program(installed: Path) -> None:
     replace(installed, "import time\n", "import time_of_day\n")
-    daemon.send_signal(signal.SIGUSR2)
-    daemon.wait_for_log("ERROR not restarting: .*kvmd.py.* failed with status 1")
-    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
 
 
-def test_a_missing_program_replaces_nothing(
-    daemon: Daemon, qemu: FakeQemu, installed: Path
+@pytest.mark.parametrize("spoil", [break_program, Path.unlink])
+def test_a_program_that_does_not_run_replaces_nothing(
+    daemon: Daemon, qemu: FakeQemu, installed: Path, spoil: Callable[[Path], None]
 ) -> None:
-    installed.unlink()
+    spoil(installed)
     daemon.send_signal(signal.SIGUSR2)
-    daemon.wait_for_log("ERROR not restarting: .*kvmd.py")
+    daemon.wait_for_log("ERROR not restarting: .*kvmd.py.* failed with status [12];")
     assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
 
 
