@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -174,23 +173,13 @@ def prepare_haskell(directory: Path) -> Subject:
 
 def prepare_kvmd(directory: Path) -> Subject:
     """Install this project's daemon, byte-compiled as its package has it."""
-    modules = directory / "kvmd"
-    modules.mkdir()
-    for name in ("kvmd.py", "kvmd_inotify.py"):
-        shutil.copy(ROOT / name, modules)
     subprocess.run(
-        ["/usr/bin/python3", "-m", "compileall", "-q", modules], check=True
+        ["make", "--quiet", "-C", ROOT, "install", f"PREFIX={directory}"], check=True
     )
-    launcher = directory / "ganeti-kvmd"
-    launcher.write_text(
-        "#!/usr/bin/python3 -IS\n"
-        "import sys\n"
-        f"sys.path.insert(0, {str(modules)!r})\n"
-        "import kvmd\n"
-        "sys.exit(kvmd.main())\n"
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "compileall", "-q", directory], check=True
     )
-    launcher.chmod(0o755)
-    return Subject("kvmd", [str(launcher)])
+    return Subject("kvmd", [str(directory / "sbin" / "ganeti-kvmd")])
 
 
 PREPARATIONS = {
