@@ -1221,6 +1221,17 @@ def read_state_file(fd: int) -> dict[str, Any]:
     return state
 
 
+def open_files(pid: str) -> Iterator[tuple[int, str]]:
+    """Yield the descriptors of a process, and what they are of, as /proc/PID/fd has it.
+
+    Raises OSError.
+    """
+    directory = f"/proc/{pid}/fd"
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
+            yield int(name), os.readlink(f"{directory}/{name}")
+
+
 class Inheritance:
     """What an earlier daemon has left open for this one: connections and its state.
 
@@ -1237,13 +1248,9 @@ class Inheritance:
         #: Why a state could not be read.
         self.problem: Exception | None = None
         others = []
-        for fd in map(int, os.listdir("/proc/self/fd")):
+        for fd, target in open_files("self"):
             if fd <= 2:
                 continue
-            try:
-                target = os.readlink(f"/proc/self/fd/{fd}")
-            except FileNotFoundError:
-                continue  # it was the listing's own
             if target.startswith("socket:["):
                 connection = socket.socket(fileno=fd)
                 connection.setblocking(False)
@@ -2241,10 +2248,9 @@ def read_holders(inodes: set[int]) -> dict[int, str]:
         try:
             with open(f"/proc/{pid}/comm", encoding="utf-8") as comm:
                 name = comm.read().strip()
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                inode = wanted.get(os.readlink(f"/proc/{pid}/fd/{fd}"))
-                if inode is not None:
-                    holders[inode] = f"{name}, pid {pid}"
+            for _, target in open_files(pid):
+                if target in wanted:
+                    holders[wanted[target]] = f"{name}, pid {pid}"
         except OSError:
             continue  # it is somebody else's, or gone
     return holders
