@@ -653,7 +653,9 @@ def remove_shutdown_file(path: str) -> str:
 
 # ---- The monitor of one instance -----------------------------------------------------
 
-#: Seconds between attempts to connect: the first, and the most.
+#: Seconds until the second attempt to connect: QEMU listens some ten microseconds after
+#: it has bound its socket. Then, between attempts, at first and at most.
+LISTEN_DELAY = 0.0001
 FIRST_DELAY = 0.001
 LONGEST_DELAY = 1.0
 #: Seconds after which a socket on which nobody listens is dead, and after which a peer
@@ -813,7 +815,7 @@ class Monitor:
         self.identity: int | None = None
         self.state = GuestState()
         self._reactor = reactor
-        self._delay = FIRST_DELAY
+        self._delay = LISTEN_DELAY
         self._socket: socket.socket | None = None
         self._protocol: Protocol | None = None
         self._version: str | None = None
@@ -907,8 +909,7 @@ class Monitor:
                 self._warn_of_silence()
             patient = True
         if patient:
-            self._reactor.set_timer(self, self._delay)
-            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            self._try_again()
         elif self.phase is not Phase.DEAD:
             self._enter(Phase.DEAD)
             tell = self._warn
@@ -918,6 +919,11 @@ class Monitor:
                 f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
                 " each rescan"
             )
+
+    def _try_again(self) -> None:
+        """Set the timer for the next attempt to connect, twice as long each time."""
+        self._reactor.set_timer(self, self._delay)
+        self._delay = min(max(FIRST_DELAY, 2 * self._delay), LONGEST_DELAY)
 
     def _wait_for_descriptor(self) -> None:
         self._reactor.log.begin_trouble(
@@ -1036,8 +1042,7 @@ class Monitor:
             if lasted > LONGEST_DELAY:
                 self._delay = FIRST_DELAY
             self._enter(Phase.CONNECTING)
-            self._reactor.set_timer(self, self._delay)
-            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            self._try_again()
 
     def abandon(self) -> None:
         """Give the connection up after an unexpected error; try again, slowly."""
@@ -1409,7 +1414,11 @@ class Daemon:
         same name is noticed.
         """
         others: list[Callable[[], None]] = []
-        for key, _ in self._reactor.selector.select(self._timeout()):
+        timeout = self._timeout()
+        if timeout is not None and 0 < timeout <= LISTEN_DELAY:
+            time.sleep(timeout)  # the selector would make a whole millisecond of it
+            timeout = 0
+        for key, _ in self._reactor.selector.select(timeout):
             if isinstance(key.data, Monitor):
                 self._attend(key.data, Monitor.receive)
             else:

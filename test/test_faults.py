@@ -522,6 +522,21 @@ def test_a_pending_file_makes_no_peer_look_silent(
     monitor.finish()
 
 
+def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delays: list[float] = []
+    monkeypatch.setattr(
+        reactor, "set_timer", lambda _monitor, seconds: delays.append(seconds)
+    )
+    fake_qemu.bind()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    for _ in range(13):
+        monitor.connect()
+    assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
+    assert delays[-2:] == [1.0, 1.0]
+
+
 def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
     reactor: kvmd.Reactor, fake_qemu: FakeQemu
 ) -> None:
