@@ -2116,9 +2116,9 @@ def raise_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     if os.getsid(0) != os.getpid():
         return  # the session is that of who started it in the foreground
-    with contextlib.suppress(OSError):
-        with open("/proc/self/autogroup", "w", encoding="ascii") as autogroup:
-            autogroup.write(str(NICENESS))
+    path = "/proc/self/autogroup"
+    with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as autogroup:
+        autogroup.write(str(NICENESS))
 
 
 def detach() -> Callable[[str], None]:
@@ -2157,6 +2157,10 @@ def write_to_stderr(line: str) -> None:
     """Write a line to stderr; what can't be written is lost, for whom to tell?"""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
+
+
+def report_to_nobody(problem: str) -> None:
+    """Take what `detach` has a function for, where no starter waits for it."""
 
 
 def stderr_sink(level: str, line: str) -> None:
@@ -2476,7 +2480,7 @@ def open_log(options: Options) -> Log:
 
 def serve(options: Options, log: Log, inheritance: Inheritance) -> int:
     """Run the daemon; return the exit status."""
-    report: Callable[[str], None] = lambda _problem: None
+    report: Callable[[str], None] = report_to_nobody
     if options.foreground:
         raise_priority()
     elif inheritance.pid_file is None:
