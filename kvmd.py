@@ -1159,6 +1159,7 @@ class Monitor:
             monitor.phase = Phase(record["phase"])
             monitor.since = record["since"]
             monitor._unconsumed = record["unconsumed"].encode("latin-1")
+            connection.setblocking(False)
             monitor._adopt(connection, protocol)
             monitor._skip_unconsumed()
             reactor.expect_greeting(monitor)
@@ -1258,7 +1259,6 @@ class Inheritance:
                 continue
             if target.startswith("socket:["):
                 connection = socket.socket(fileno=fd)
-                connection.setblocking(False)
                 connection.set_inheritable(False)
                 self.connections[connection_name(connection)] = connection
                 continue

@@ -750,6 +750,22 @@ def test_odd_circumstances_of_the_start_leave_no_trace(node: Node) -> None:
     node.stop()
 
 
+def test_a_socket_of_the_starters_stays_as_it_is(node: Node) -> None:
+    ours, starters = socket.socketpair()
+    with ours, starters:
+        subprocess.run(
+            node.command(),
+            check=True,
+            env=node.environment,
+            pass_fds=[starters.fileno()],
+            timeout=SECONDS,
+        )
+        assert os.get_blocking(starters.fileno())
+        starters.close()
+        assert ours.recv(1) == b""  # nobody else has it open
+    node.stop()
+
+
 @pytest.mark.parametrize("redirections", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("foreground", ["", "--foreground &"], ids=["", "foreground"])
 def test_closed_stdio_is_no_matter(
