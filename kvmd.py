@@ -892,6 +892,9 @@ class Monitor:
         self._reactor.expect_greeting(self)
 
     def _adopt(self, connection: socket.socket, protocol: Protocol) -> None:
+        # A byte out of band (unix(7)) would be passed over by a look at what there is,
+        # and be reported as readable for ever.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._socket = connection
         self._protocol = protocol
         self._reactor.selector.register(connection, selectors.EVENT_READ, self)
@@ -966,8 +969,14 @@ class Monitor:
             self._reactor.keep_state()  # takes out what was looked at before
             if not self.receive():
                 break
+        self.close()
+
+    def close(self) -> None:
+        """Have nothing more to do with the instance: another monitor takes it."""
         self._disconnect()
+        self._unwritten = None
         self.due = None
+        self._enter(Phase.ENDED)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there was anything to read."""
@@ -1512,6 +1521,7 @@ class Daemon:
         old = self._monitors.get(instance)
         if old is not None:
             self._attend(old, Monitor.finish)
+            old.close()  # whatever went wrong
         self._monitors[instance] = monitor
         first_choice = suffix == self._suffixes[0]
         self._attend(monitor, Monitor.connect if first_choice else Monitor.settle)
@@ -1592,7 +1602,8 @@ class Daemon:
     def _lose_watch(self, error: OSError) -> None:
         """Go on without inotify until it works again."""
         if self._watch is not None:
-            self._reactor.selector.unregister(self._watch)
+            if self._watch in self._reactor.selector.get_map():
+                self._reactor.selector.unregister(self._watch)
             self._watch.close()
             self._watch = None
         self._next_rescan = time.monotonic() + POLL_INTERVAL

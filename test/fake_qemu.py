@@ -103,6 +103,11 @@ class FakeQemu:
         assert self._client
         self._client.sendall(data)
 
+    def send_out_of_band(self, byte: bytes) -> None:
+        """Send a byte as no QEMU does; raises OSError where the kernel knows none."""
+        assert self._client
+        self._client.send(byte, socket.MSG_OOB)
+
     def wait_until_read(self) -> None:
         """Wait until the client has read all that was sent."""
         client = self._client

@@ -434,6 +434,24 @@ def test_auto_lets_go_of_the_qmp_when_a_kvmd_appears(
     assert not is_called_on(qmp)
 
 
+def test_auto_connects_once_to_a_kvmd_that_takes_the_place_of_a_qmp(
+    daemon: Daemon, make_fake_qemu: StartFakeQemu
+) -> None:
+    qmp, kvmd = make_fake_qemu(INSTANCE, ".qmp"), make_fake_qemu(INSTANCE, ".kvmd")
+    qmp.listen()
+    qmp.negotiate()
+    daemon.wait_until_connected(INSTANCE)
+    daemon.send_signal(signal.SIGSTOP)
+    qmp.event("RESUME")
+    qmp.exit()
+    kvmd.listen()
+    daemon.send_signal(signal.SIGCONT)
+    kvmd.negotiate()
+    daemon.wait_until_connected(INSTANCE, times=2)
+    power_off(daemon, kvmd)
+    assert not is_called_on(kvmd)
+
+
 def test_auto_goes_back_to_the_qmp_when_the_kvmd_is_gone(
     daemon: Daemon, make_fake_qemu: StartFakeQemu
 ) -> None:

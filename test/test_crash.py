@@ -538,6 +538,21 @@ def test_what_is_looked_at_and_then_followed_by_a_new_socket_counts_once(
     assert " ERROR " not in service.log
 
 
+def test_a_byte_out_of_band_is_read_as_any(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    try:
+        fake_qemu.send_out_of_band(b"\n")
+    except OSError as error:
+        pytest.skip(f"UNIX sockets have nothing out of band here: {error}")
+    fake_qemu.wait_until_read()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
 def test_a_full_store_costs_only_the_memory_of_what_was_before(
     control_dir: Path, fake_qemu: FakeQemu
 ) -> None:

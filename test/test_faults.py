@@ -537,6 +537,18 @@ def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
     assert delays[-2:] == [1.0, 1.0]
 
 
+def test_a_monitor_that_is_finished_waits_for_nothing(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.listen()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    monitor.finish()
+    later = time.monotonic() + kvmd.PATIENCE
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert not list(reactor.expired())
+
+
 def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
     reactor: kvmd.Reactor, fake_qemu: FakeQemu
 ) -> None:
