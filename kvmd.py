@@ -1000,8 +1000,13 @@ class Monitor:
                 self._debug(f"<-- {line!r}")
         complaint = self._protocol.complaint
         before = self._state_to_keep()
+        # The last ruling of one read stands for all: a peer that has its guest go down
+        # and come back all the time is to flood the directory's watch with no events.
+        last = None
         for message in self._protocol.receive(data):
-            self._take(message)
+            last = self._take(message) or last
+        if last is not None:
+            self._carry_out(*last)
         self._reactor.changed |= self._state_to_keep() != before
         if self._protocol.complaint != complaint:
             self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
@@ -1021,7 +1026,10 @@ class Monitor:
             self._socket.recv(len(self._unconsumed))
         self._unconsumed = b""
 
-    def _take(self, message: Greeting | Status | Event) -> None:
+    def _take(
+        self, message: Greeting | Status | Event
+    ) -> tuple[Ruling, float | None] | None:
+        """Take a message; return the ruling to be carried out, and its event's time."""
         ruling, timestamp = None, None
         if isinstance(message, Greeting):
             self._version = message.version
@@ -1032,8 +1040,7 @@ class Monitor:
         else:
             ruling = self.state.on_event(message.name, message.data)
             timestamp = message.timestamp
-        if ruling is not None:
-            self._carry_out(ruling, timestamp)
+        return None if ruling is None else (ruling, timestamp)
 
     def _end(self) -> None:
         """Take the end of the connection."""

@@ -34,8 +34,8 @@ IN_CLOEXEC = os.O_CLOEXEC
 
 #: struct inotify_event without its name: wd, mask, cookie, len.
 EVENT_HEADER = struct.Struct("iIII")
-#: Bytes asked for in one read; some hundred events.
-READ_SIZE = 16384
+#: Bytes asked for in one read; some thousand events.
+READ_SIZE = 65536
 
 
 def parse_events(data: bytes) -> list[tuple[int, int, str]]:
