@@ -1947,6 +1947,7 @@ class Options:
         self.socket_suffix = "auto"
         self.rescan_interval = 15.0
         self.check = False
+        self.version = False
 
     def command(self) -> list[str]:
         """Return what starts the program anew with these options, from anywhere."""
@@ -2012,12 +2013,9 @@ def parse_arguments(arguments: list[str]) -> Options:
         help="how often to look for sockets that no event told of, 0 for never"
         f" (default: {options.rescan_interval:g})",
     )
-    add(
-        "-V",
-        "--version",
-        action="version",
-        version=f"{DAEMON_NAME} (kvmd) version {VERSION}",
-    )
+    # Not argparse's own action, which asks no more what other options there are: a
+    # restart in place tries the new program with the options that it will get.
+    add("-V", "--version", action="store_true", help="print the version, then exit")
     return parser.parse_args(arguments, namespace=options)
 
 
@@ -2496,8 +2494,10 @@ def open_log(options: Options) -> Log:
     return log
 
 
-def serve(options: Options, log: Log, inheritance: Inheritance) -> int:
-    """Run the daemon; return the exit status."""
+def serve(
+    options: Options, command: list[str], log: Log, inheritance: Inheritance
+) -> int:
+    """Run the daemon, which the command starts anew; return the exit status."""
     report: Callable[[str], None] = report_to_nobody
     if options.foreground:
         raise_priority()
@@ -2516,7 +2516,7 @@ def serve(options: Options, log: Log, inheritance: Inheritance) -> int:
             Reactor(options.control_dir, log, notifier, limit),
             SUFFIXES[options.socket_suffix],
             options.rescan_interval,
-            options.command(),
+            command,
         )
         daemon.start(inheritance)
         log.info(f"started kvmd {VERSION} for {options.control_dir}")
@@ -2536,8 +2536,12 @@ def serve(options: Options, log: Log, inheritance: Inheritance) -> int:
 def main() -> int:
     """Run the command; return the exit status: 0, or 1 if it could not start."""
     options = parse_arguments(sys.argv[1:])
+    if options.version:
+        print(f"{DAEMON_NAME} (kvmd) version {VERSION}")
+        return 0
     if options.check:
         return check(options)
+    command = options.command()  # its path may be relative to where we are now
     inheritance = Inheritance()
     sanitize_process()
     log = open_log(options)
@@ -2557,7 +2561,7 @@ def main() -> int:
     if problem and inheritance.pid_file is None:
         write_to_stderr(printable(f"{DAEMON_NAME}: {problem}"))
         return 1
-    return serve(options, log, inheritance)
+    return serve(options, command, log, inheritance)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,15 @@ def test_a_line_that_was_read_in_part_is_completed_after_the_restart(
     assert "verdict=user" in daemon.wait_for_verdict(INSTANCE)
 
 
+def test_a_program_started_by_a_relative_path_is_found_again(
+    control_dir: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(installed.parent)
+    with Daemon(control_dir, program=Path(installed.name)) as daemon:
+        restart(daemon)
+        daemon.stop()
+
+
 def test_a_shutdown_in_the_midst_of_a_restart_is_judged(
     daemon: Daemon, qemu: FakeQemu
 ) -> None:
@@ -120,7 +129,11 @@ def break_program(installed: Path) -> None:
     replace(installed, "import time\n", "import time_of_day\n")
 
 
-@pytest.mark.parametrize("spoil", [break_program, Path.unlink])
+def drop_an_option_in_use(installed: Path) -> None:
+    replace(installed, '"--debug"', '"--verbose"')
+
+
+@pytest.mark.parametrize("spoil", [break_program, drop_an_option_in_use, Path.unlink])
 def test_a_program_that_does_not_run_replaces_nothing(
     daemon: Daemon, qemu: FakeQemu, installed: Path, spoil: Callable[[Path], None]
 ) -> None:
