@@ -2229,6 +2229,7 @@ ATTRIBUTE_HEADER = struct.Struct("=HH")
 #: Of a socket in /proc/net/unix: it listens; it is connected.
 SO_ACCEPTCON = 0x10000
 SS_CONNECTED = 3
+UNKNOWN_CLIENT = "unknown process"
 
 
 def read_peers() -> dict[int, int]:
@@ -2302,8 +2303,34 @@ def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
     return sockets
 
 
-def check_instances(control_dir: str) -> Iterator[Finding]:
-    """Judge each instance's monitor socket, without connecting to it."""
+def check_clients(path: str, clients: list[str], daemon: int | None) -> Finding:
+    """Judge who is connected to a monitor socket, as `read_holders` names them.
+
+    The daemon's pid is given if one runs that is to be among them.
+    """
+    text = f"{path}: listening, nobody connected"
+    if clients:
+        text = f"{path}: connected by {'; '.join(clients)}"
+    is_heard = any(
+        client == UNKNOWN_CLIENT or client.endswith(f", pid {daemon}")
+        for client in clients
+    )
+    if daemon is None or is_heard:
+        return Finding(Level.OK, text)
+    return Finding(
+        Level.WARN,
+        f"{text}: the daemon, pid {daemon}, waits for QEMU to answer, or for that client"
+        f" to close; to see what it knows: kill -USR1 {daemon}",
+    )
+
+
+def check_instances(
+    control_dir: str, suffixes: tuple[str, ...], daemon: int | None
+) -> Iterator[Finding]:
+    """Judge each instance's monitor socket, without connecting to it.
+
+    The daemon's pid is None if none runs.
+    """
     sockets = read_sockets(control_dir)
     try:
         peers = read_peers()
@@ -2318,7 +2345,8 @@ def check_instances(control_dir: str) -> Iterator[Finding]:
         for name, entries in sockets.items()
     }
     holders = read_holders({inode for found in clients.values() for inode in found})
-    for name in sorted(os.listdir(control_dir)):
+    names = set(os.listdir(control_dir))
+    for name in sorted(names):
         instance, suffix = os.path.splitext(name)
         if suffix not in SUFFIXES["auto"] or not instance:
             continue
@@ -2331,11 +2359,13 @@ def check_instances(control_dir: str) -> Iterator[Finding]:
                 f"{path}: dead, nobody listens; if the instance does run, restart it"
                 f" (gnt-instance reboot {instance})",
             )
-        elif not clients[name]:
-            yield Finding(Level.OK, f"{path}: listening, nobody connected")
         else:
-            who = [holders.get(inode, "unknown process") for inode in clients[name]]
-            yield Finding(Level.OK, f"{path}: connected by {'; '.join(who)}")
+            used = next((one for one in suffixes if instance + one in names), None)
+            yield check_clients(
+                path,
+                [holders.get(inode, UNKNOWN_CLIENT) for inode in clients[name]],
+                daemon if suffix == used else None,
+            )
 
 
 def check_directory(control_dir: str) -> Finding:
@@ -2373,9 +2403,12 @@ def check_inotify(control_dir: str) -> Finding:
 def lock_holder(path: str) -> int | None:
     """Return the pid that holds a record lock on the file (/proc/locks), if any.
 
-    The file is not opened, so the lock can't be disturbed. Raises OSError.
+    The file is not opened, so the lock can't be disturbed.
     """
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
     major, minor = os.major(status.st_dev), os.minor(status.st_dev)
     wanted = f"{major:02x}:{minor:02x}:{status.st_ino}"
     with open("/proc/locks", encoding="ascii") as locks:
@@ -2385,12 +2418,8 @@ def lock_holder(path: str) -> int | None:
     return None
 
 
-def check_daemon(pid_file: str) -> Finding:
-    """Judge whether a daemon runs, and which."""
-    try:
-        pid = lock_holder(pid_file)
-    except OSError:
-        pid = None
+def check_daemon(pid_file: str, pid: int | None) -> Finding:
+    """Judge whether a daemon runs, and which; the pid is that of the file's locker."""
     if pid is None:
         return Finding(
             Level.FAIL,
@@ -2436,12 +2465,14 @@ def check_node(options: Options) -> Iterator[Finding]:
     if not options.no_cluster_checks:
         yield from judge_cluster(options.ssconf_dir, names_of_node())
         yield check_user_shutdown_parameter(options.ssconf_dir)
-    yield check_daemon(options.pid_file)
+    daemon = lock_holder(options.pid_file)
+    yield check_daemon(options.pid_file, daemon)
     yield check_inotify(options.control_dir)
     directory = check_directory(options.control_dir)
     yield directory
     if directory.level is Level.OK:
-        yield from check_instances(options.control_dir)
+        suffixes = SUFFIXES[options.socket_suffix]
+        yield from check_instances(options.control_dir, suffixes, daemon)
 
 
 def check(options: Options) -> int:

@@ -12,6 +12,7 @@ import kvmd
 import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from fake_qemu import FakeQemu
+from status import wait_for_status
 
 NODE = "node1.example.com"
 SETTINGS = {
@@ -90,7 +91,12 @@ def test_no_daemon_means_no_detection(control_dir: Path, ssconf_dir: Path) -> No
     ],
 )
 def test_a_setting_that_forbids_detection_comes_with_its_remedy(
-    daemon: Daemon, control_dir: Path, ssconf_dir: Path, name: str, text: str, remedy: str
+    daemon: Daemon,
+    control_dir: Path,
+    ssconf_dir: Path,
+    name: str,
+    text: str,
+    remedy: str,
 ) -> None:
     (ssconf_dir / name).write_text(text)
     status, lines = check(control_dir, ssconf_dir)
@@ -123,6 +129,38 @@ def test_what_each_socket_is_found_to_be(control_dir: Path, ssconf_dir: Path) ->
     assert line_about("listens.kvmd", lines).endswith("listening, nobody connected")
     assert "dead, nobody listens" in line_about("died.kvmd", lines)
     assert line_about("planted.kvmd", lines).endswith("no socket; it is ignored")
+
+
+def test_an_instance_that_the_daemon_waits_for_is_worth_a_warning(
+    daemon: Daemon, fake_qemu: FakeQemu, control_dir: Path, ssconf_dir: Path
+) -> None:
+    fake_qemu.listen()
+    wait_for_status(daemon, f"{INSTANCE}.kvmd", "awaiting greeting")
+    status, lines = check(control_dir, ssconf_dir)
+    line = line_about(f"{INSTANCE}.kvmd", lines)
+    assert status == 0
+    assert line.startswith("warn  ") and f"the daemon, pid {daemon.pid}, waits" in line
+
+
+@pytest.mark.parametrize(
+    ("clients", "daemon", "level"),
+    [
+        (["ganeti-kvmd, pid 7"], 7, kvmd.Level.OK),
+        (["socat, pid 8"], 7, kvmd.Level.WARN),
+        (["socat, pid 77"], 7, kvmd.Level.WARN),
+        (["socat, pid 8", "ganeti-kvmd, pid 7"], 7, kvmd.Level.OK),
+        (["unknown process"], 7, kvmd.Level.OK),
+        ([], 7, kvmd.Level.WARN),
+        (["socat, pid 8"], None, kvmd.Level.OK),
+        ([], None, kvmd.Level.OK),
+    ],
+)
+def test_clients_of_a_socket(
+    clients: list[str], daemon: int | None, level: kvmd.Level
+) -> None:
+    finding = kvmd.check_clients("/ctrl/a.kvmd", clients, daemon)
+    assert finding.level is level
+    assert all(client in finding.text for client in clients)
 
 
 def test_a_missing_directory_is_no_failure(
