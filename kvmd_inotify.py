@@ -107,6 +107,9 @@ class Fact(enum.Enum):
     VANISHED = "vanished"
     CREATED = "created"
     REMOVED = "removed"
+    #: The path changed and leads to the same directory: a name that was looked up in
+    #: between may have been looked up elsewhere.
+    CHANGED = "changed"
     LOST = "lost"
 
 
@@ -173,6 +176,9 @@ class DirectoryWatch:
                 path_changed = True
         if path_changed:
             facts += self.follow()
+            is_told = any(not name for _, name in facts)
+            if self.target is not None and not is_told:
+                facts.append((Fact.CHANGED, ""))
         return facts
 
     def follow(self) -> list[tuple[Fact, str]]:

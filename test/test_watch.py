@@ -37,6 +37,7 @@ from kvmd_inotify import (
 
 APPEARED = (Fact.APPEARED, "")
 VANISHED = (Fact.VANISHED, "")
+CHANGED = (Fact.CHANGED, "")
 LOST = (Fact.LOST, "")
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -319,6 +320,17 @@ def test_directory_is_renamed_away_and_comes_back(
     assert facts(watch) == [VANISHED]
     (node / "away").rename(part)
     assert facts(watch) == [APPEARED]
+    assert_at_work(watch)
+
+
+@pytest.mark.parametrize("depth", DEPTHS[:3])
+def test_directory_that_was_away_for_a_moment_is_to_be_looked_at(
+    node: Path, ctrl: Path, watch: DirectoryWatch, depth: int
+) -> None:
+    part = parts(ctrl)[depth]
+    part.rename(node / "away")
+    (node / "away").rename(part)
+    assert facts(watch) == [CHANGED]
     assert_at_work(watch)
 
 
