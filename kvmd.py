@@ -333,11 +333,6 @@ class Protocol:
         ]
         return [message for message in messages if message is not None]
 
-    @property
-    def remainder(self) -> tuple[bytes, bool]:
-        """What is kept of a line that goes on, and whether the line is overlong."""
-        return self._unfinished, self._overlong
-
     def export(self) -> dict[str, object]:
         """Return what is known of the connection for the state file."""
         return {
@@ -791,6 +786,7 @@ class Monitor:
         "_delay",
         "_protocol",
         "_reactor",
+        "_record",
         "_socket",
         "_unconsumed",
         "_unwritten",
@@ -823,6 +819,8 @@ class Monitor:
         self._unconsumed = b""
         #: The ruling whose file could not be written yet, and its event's time.
         self._unwritten: tuple[Ruling, float | None] | None = None
+        #: What `record` returned last, if nothing has changed since.
+        self._record: str | None = None
 
     @property
     def path(self) -> str:
@@ -952,6 +950,7 @@ class Monitor:
 
     def _warn_of_silence(self) -> None:
         self.phase = Phase.SILENT
+        self._note_change()
         self._warn(
             f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one client"
             " at a time, and another one may be connected"
@@ -960,6 +959,7 @@ class Monitor:
     def on_removed(self) -> None:
         """Note that the socket's name is gone: what stands there next is new."""
         self.identity = None
+        self._note_change()
         if self._socket is None:
             self._enter(Phase.GONE)
 
@@ -982,49 +982,61 @@ class Monitor:
         """Read once, and act on it; tell whether there was anything to read."""
         if self._socket is None or self._protocol is None:
             return False
-        try:
-            data = self._socket.recv(
-                self._protocol.read_size, self._reactor.receive_flags
-            )
-        except BlockingIOError:
+        data = self._read(self._socket, self._protocol.read_size)
+        if data is None:
             return False
+        self._hear(data, self._protocol)
+        if not data:
+            self._end()
+        return bool(data)
+
+    def _read(self, connection: socket.socket, size: int) -> bytes | None:
+        """Return what one read gives, b"" at the end, None if there is nothing now."""
+        try:
+            data = connection.recv(size, self._reactor.receive_flags)
+        except BlockingIOError:
+            return None
         except OSError:
             data = b""  # what had arrived before the error was read before
         if self._reactor.receive_flags:
             # A line that goes on is left to the kernel.
             data = data[: data.rfind(b"\n") + 1] or data
             self._unconsumed = data
+            self._record = None
             self._reactor.unconsumed.append(self)
+        return data
+
+    def _hear(self, data: bytes, protocol: Protocol) -> None:
+        """Act on what was read."""
         if self._reactor.log.debugging:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
-        complaint = self._protocol.complaint
+        complaint = protocol.complaint
         before = self._state_to_keep()
         # The last ruling of one read stands for all: a peer that has its guest go down
         # and come back all the time is to flood the directory's watch with no events.
         last = None
-        for message in self._protocol.receive(data):
+        for message in protocol.receive(data):
             last = self._take(message) or last
         if last is not None:
             self._carry_out(*last)
-        self._reactor.changed |= self._state_to_keep() != before
-        if self._protocol.complaint != complaint:
-            self._warn(f"skipping what is no QMP message ({self._protocol.complaint})")
-        if not data:
-            self._end()
-        return bool(data)
+        if self._state_to_keep() != before:
+            self._note_change()
+        if protocol.complaint != complaint:
+            self._warn(f"skipping what is no QMP message ({protocol.complaint})")
 
     def _state_to_keep(self) -> object:
         """Return what reading may change of the state, None if nobody keeps that."""
         if self._protocol is None or not self._reactor.notifier.is_heard:
             return None
-        return self._protocol.remainder, self.state.export()
+        return self._protocol.export(), self.state.export()
 
     def consume(self) -> None:
         """Take out of the socket what was only looked at before."""
         if self._socket is not None and self._unconsumed:
             self._socket.recv(len(self._unconsumed))
         self._unconsumed = b""
+        self._record = None
 
     def _take(
         self, message: Greeting | Status | Event
@@ -1079,6 +1091,11 @@ class Monitor:
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self.since = time.monotonic()
+        self._note_change()
+
+    def _note_change(self) -> None:
+        """Have the state kept anew."""
+        self._record = None
         self._reactor.changed = True
 
     def _peer_pid(self) -> int:
@@ -1115,7 +1132,7 @@ class Monitor:
             self._reactor.set_timer(self, FILE_RETRY)
             return error
         self._unwritten = None
-        self._reactor.changed = True
+        self._note_change()
         if ruling.verdict is Verdict.RUNNING and outcome == "none":
             return None
         event, after = "unknown", "unknown"
@@ -1133,6 +1150,15 @@ class Monitor:
 
     def _warn(self, text: str) -> None:
         self._reactor.log.warning(text, self.instance)
+
+    def record(self) -> str:
+        """Return `export` as JSON, made anew only if it may have changed.
+
+        Where nobody keeps the state, nobody minds its changes either.
+        """
+        if self._record is None or not self._reactor.notifier.is_heard:
+            self._record = json.dumps(self.export())
+        return self._record
 
     def export(self) -> dict[str, object]:
         """Return what the next program has to know of this instance."""
@@ -1221,11 +1247,11 @@ STATE_VERSION = 1
 STATE_NAME = "kvmd-state"
 
 
-def write_state_file(state: dict[str, object]) -> int:
+def write_state_file(state: str) -> int:
     """Return the descriptor of a sealed memory file with the state. Raises OSError."""
     fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(fd, "w", encoding="ascii", closefd=False) as file:
-        file.write(json.dumps(state))  # json.dump takes four times as long
+        file.write(state)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
     return fd
@@ -1473,19 +1499,18 @@ class Daemon:
         os.close(state)
         return is_kept
 
-    def export(self, pid_file: int | None = None) -> dict[str, object]:
-        """Return the state for a state file."""
-        return {
-            "version": STATE_VERSION,
-            "serial": self._serial,
-            "pid": os.getpid(),
-            "pid_file": pid_file,
-            "monitors": [
-                monitor.export()
-                for monitor in self._monitors.values()
-                if monitor.has_history()
-            ],
-        }
+    def export(self, pid_file: int | None = None) -> str:
+        """Return the state for a state file: JSON, put together from the monitors'."""
+        records = ", ".join(
+            monitor.record()
+            for monitor in self._monitors.values()
+            if monitor.has_history()
+        )
+        return (
+            f'{{"version": {STATE_VERSION}, "serial": {self._serial},'
+            f' "pid": {os.getpid()}, "pid_file": {json.dumps(pid_file)},'
+            f' "monitors": [{records}]}}'
+        )
 
     def descriptors(self) -> list[int]:
         """Return the descriptors of all connections."""
@@ -2170,7 +2195,7 @@ def detach() -> Callable[[str], None]:
 
 
 def write_to_stderr(line: str) -> None:
-    """Write a line to stderr; what can't be written is lost, for whom to tell?"""
+    """Write a line to stderr, and lose it if it can't be written."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
 
@@ -2319,8 +2344,8 @@ def check_clients(path: str, clients: list[str], daemon: int | None) -> Finding:
         return Finding(Level.OK, text)
     return Finding(
         Level.WARN,
-        f"{text}: the daemon, pid {daemon}, waits for QEMU to answer, or for that client"
-        f" to close; to see what it knows: kill -USR1 {daemon}",
+        f"{text}: the daemon, pid {daemon}, waits for QEMU to answer, or for that"
+        f" client to close; to see what it knows: kill -USR1 {daemon}",
     )
 
 

@@ -452,6 +452,71 @@ def test_nothing_piles_up_in_the_store(
     assert {name.split("-")[0] for name in systemd.names} == {"state"}
 
 
+def turn(monitor: kvmd.Monitor) -> Iterator[None]:
+    """Have a monitor do what it does in one turn of the loop, step by step."""
+    monitor.receive()
+    yield
+    monitor.consume()
+    yield
+
+
+def life(
+    monitor: kvmd.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Take a monitor through all that may change what is to be known of it."""
+    for name in ("create_shutdown_file", "remove_shutdown_file"):
+        monkeypatch.setattr(kvmd, name, lambda path, *_: os.rmdir(path))  # fails
+    fake_qemu.listen()
+    monitor.connect()
+    yield
+    monitor._warn_of_silence()
+    yield
+    fake_qemu.accept()
+    fake_qemu.greet()
+    for word in (
+        *(NOISE, b"{}\r\n"),
+        b'{"id": "kvmd-status", "return": {"status": "running"}}\r\n',
+        *(NOISE, POWERDOWN, NOISE, RESET, USER_SHUTDOWN),
+    ):
+        fake_qemu.send(word)
+        yield from turn(monitor)
+    monkeypatch.undo()
+    monitor.on_timer()
+    yield
+    monitor.on_removed()
+    yield
+    monitor.close()
+    yield
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["systemd", "nobody"])
+def test_the_record_of_an_instance_is_how_it_stands(
+    systemd: Systemd,
+    control_dir: Path,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+    is_kept: bool,
+) -> None:
+    environment = {"NOTIFY_SOCKET": str(systemd.notify_socket)} if is_kept else {}
+    notifier = kvmd.Notifier(environment)
+    log = kvmd.Log(None, [])
+    reactor = kvmd.Reactor(str(control_dir), log, notifier, descriptor_limit=100)
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    kept = monitor.record()
+    for _ in life(monitor, fake_qemu, monkeypatch):
+        assert monitor.record() == json.dumps(monitor.export())
+        now = json.dumps({**monitor.export(), "unconsumed": ""})
+        if now != kept and is_kept:
+            assert reactor.changed
+            reactor.changed = False
+        kept = now
+    assert monitor.phase is kvmd.Phase.ENDED
+    assert (monitor.record() is monitor.record()) == is_kept
+    reactor.selector.close()
+    if is_kept:
+        notifier._socket.close()
+
+
 def put_state(systemd: Systemd, text: str) -> None:
     """Put a text into the store in place of all states."""
     for name in systemd.names:
