@@ -115,12 +115,12 @@ class Daemon:
         )
 
     def wait_for_log(self, pattern: str, times: int = 1) -> re.Match[str]:
-        """Wait until the log matches a regular expression; return the last match."""
+        """Wait until the log matches a regular expression; return the n-th match."""
 
         def match() -> re.Match[str] | None:
             matches = list(re.finditer(pattern, self.log, re.MULTILINE))
             if len(matches) >= times:
-                return matches[-1]
+                return matches[times - 1]
             if self._process and self._process.poll() is not None:
                 raise ChildProcessError(f"the daemon has ended: {self.stderr}")
             return None
