@@ -31,6 +31,7 @@ install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
 	install -m 644 kvmd.py kvmd_inotify.py $(DESTDIR)$(DATADIR)
 	install -m 644 man/ganeti-kvmd.8 $(DESTDIR)$(MANDIR)/man8
+	rm -f $(DESTDIR)$(SBINDIR)/ganeti-kvmd # Ganeti's, a symlink, is not to be followed
 	sed 's|@DATADIR@|$(DATADIR)|' ganeti-kvmd.in >$(DESTDIR)$(SBINDIR)/ganeti-kvmd
 	chmod 755 $(DESTDIR)$(SBINDIR)/ganeti-kvmd
 
@@ -39,7 +40,7 @@ PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in kvmd.py \
 	kvmd_inotify.py man test
 deb: need-packaging ## build the Debian package into dist/
 	rm -rf dist && mkdir -p dist/build/kvmd
-	tar -c --exclude=__pycache__ $(PACKAGE_FILES) | tar -x -C dist/build/kvmd
+	tar -c --exclude=__pycache__ --exclude=result.json $(PACKAGE_FILES) | tar -x -C dist/build/kvmd
 	cd dist/build/kvmd && dpkg-buildpackage --unsigned-source --unsigned-changes
 	mv dist/build/*.* dist && rm -r dist/build
 

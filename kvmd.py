@@ -7,9 +7,10 @@ beside the socket, at the moment the SHUTDOWN event is read: Ganeti then reports
 USER_down and leaves the instance alone. After anything else (an administrator, a
 signal, a crash, a migration) there is no file, and Ganeti's watcher may start it again.
 
-From the inside out: the verdict and the QMP protocol (no I/O), the log, the monitor of
-one instance, the daemon that holds the monitors, the service around it. No part names
-one that stands below it.
+From the inside out: the verdict and the QMP protocol (no I/O); the log, the service
+manager and the shutdown file; the monitor of one instance; the state across a restart;
+the daemon that holds the monitors; the service around it. No part names one that stands
+below it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 VERSION = "1.0.0"
 DAEMON_NAME = "ganeti-kvmd"
 NEVER = float("inf")
+#: What taking over an exported state raises if it has another form.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 # ---- The verdict ---------------------------------------------------------------------
@@ -211,6 +214,8 @@ COMMANDS = (
     b'{"execute": "query-status", "id": "kvmd-status"}\r\n'
 )
 STATUS_ID = "kvmd-status"
+#: What may be a status (RunState in QEMU's qapi/run-state.json): it goes into the log.
+STATUS = re.compile(r"[a-z0-9-]{1,32}")
 
 #: Bytes of an unfinished line that are kept, and of one read.
 LINE_LIMIT = 65536
@@ -252,9 +257,10 @@ def parse_message(line: bytes) -> Greeting | Status | Event | None:
     if message.get("id") != STATUS_ID:
         return None
     answer = message["return"]
-    if not isinstance(answer, dict) or not isinstance(answer.get("status"), str):
+    status = answer.get("status") if isinstance(answer, dict) else None
+    if not isinstance(status, str) or not STATUS.fullmatch(status):
         raise ValueError("no status in the answer to query-status")
-    return Status(answer["status"])
+    return Status(status)
 
 
 def event_time(timestamp: object) -> float | None:
@@ -396,9 +402,9 @@ def printable(text: str) -> str:
 class Log:
     """Log lines as Ganeti's Python daemons write them, to a file and elsewhere.
 
-    Not the logging module: importing it costs a third of the time that a start may
-    take, and an eighth of the memory. Writing never raises and never blocks. What may
-    be said about one instance is limited, for a guest may have a hand in it.
+    Not the logging module: importing it takes about 10 ms and 1.7 MiB, of the 28 ms and
+    12 MiB that all may take. Writing never raises and never blocks. What may be said
+    about one instance is limited, for a guest may have a hand in it.
     """
 
     #: Lines about one instance within PERIOD seconds, not counting debug messages.
@@ -527,7 +533,7 @@ class Notifier:
     """
 
     #: Seconds that a service manager may take for a message.
-    PATIENCE = 1
+    SEND_TIMEOUT = 1
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -549,7 +555,7 @@ class Notifier:
             self._socket.setsockopt(
                 socket.SOL_SOCKET,
                 socket.SO_SNDTIMEO,
-                struct.pack("ll", self.PATIENCE, 0),
+                struct.pack("ll", self.SEND_TIMEOUT, 0),
             )
         self._flags = 0
 
@@ -608,7 +614,7 @@ def connection_name(connection: socket.socket) -> str:
 # ---- The shutdown file ---------------------------------------------------------------
 
 
-def create_shutdown_file(path: str, log: Log) -> str:
+def create_shutdown_file(path: str, warn: Callable[[str], None]) -> str:
     """Make an empty file of mode 0600; return "created", or "present".
 
     mknod(2) opens nothing: it follows no symlink, waits for no fifo, truncates no
@@ -623,9 +629,7 @@ def create_shutdown_file(path: str, log: Log) -> str:
             mode = os.lstat(path).st_mode
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 return "present"
-            log.warning(
-                f"{path}: removing what is no file, in the shutdown file's place"
-            )
+            warn(f"removing {path}, which is no file, to make the shutdown file")
             os.unlink(path)
         else:
             return "created"
@@ -739,7 +743,7 @@ class Reactor:
         self._sequence = itertools.count()
 
     def set_timer(self, monitor: Monitor, seconds: float) -> None:
-        """Have the monitor's `on_timer` called in so many seconds, and not before."""
+        """Have the monitor's `on_timer` called in so many seconds."""
         monitor.due = time.monotonic() + seconds
         heapq.heappush(self._timers, (monitor.due, next(self._sequence), monitor))
 
@@ -1023,7 +1027,7 @@ class Monitor:
         if self._state_to_keep() != before:
             self._note_change()
         if protocol.complaint != complaint:
-            self._warn(f"skipping what is no QMP message ({protocol.complaint})")
+            self._warn(f"skipping what QEMU should not say ({protocol.complaint})")
 
     def _state_to_keep(self) -> object:
         """Return what reading may change of the state, None if nobody keeps that."""
@@ -1125,7 +1129,7 @@ class Monitor:
         ruling, timestamp = self._unwritten
         try:
             if ruling.verdict is Verdict.USER:
-                outcome = create_shutdown_file(self.shutdown_file, self._reactor.log)
+                outcome = create_shutdown_file(self.shutdown_file, self._warn)
             else:
                 outcome = remove_shutdown_file(self.shutdown_file)
         except OSError as error:
@@ -1255,10 +1259,6 @@ def write_state_file(state: str) -> int:
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
     return fd
-
-
-#: What reading a state raises that has another form.
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def read_state_file(fd: int) -> dict[str, Any]:
@@ -1411,7 +1411,7 @@ class Daemon:
         self.rescan()
         if self._watch is not None and self._watch.target is None:
             self._log.info(
-                f"waiting for {self._reactor.control_dir}, which does not exist yet"
+                f"waiting for {self._reactor.control_dir}: no such directory yet"
             )
         self._keep_state()
 
@@ -1465,8 +1465,8 @@ class Daemon:
                 self._attend(key.data, Monitor.receive)
             else:
                 others.append(key.data)
-        for serve in others:
-            serve()
+        for act in others:
+            act()
         for monitor in self._reactor.expired():
             self._attend(monitor, Monitor.on_timer)
         if time.monotonic() >= self._next_rescan:
@@ -1787,6 +1787,7 @@ class Daemon:
             return
         state = None
         try:
+            self._log.open()  # as the new program will: better no restart than no log
             state = write_state_file(self.export(pid_file))
             for fd in [state, pid_file, *self.descriptors()]:
                 os.set_inheritable(fd, True)
@@ -1915,6 +1916,11 @@ def read_ssconf(path: str) -> str:
         return file.read()
 
 
+def reason_of(error: OSError | ValueError) -> str:
+    """Return what went wrong, without the path, which an OSError holds as well."""
+    return error.strerror or "" if isinstance(error, OSError) else str(error)
+
+
 def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Finding]:
     """Judge the cluster's settings, in the order in which the daemon asks for them."""
     judges: dict[str, Callable[[str], Finding]] = {
@@ -1933,7 +1939,7 @@ def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Findin
                 " gnt-node add)",
             )
         except (OSError, ValueError) as error:
-            finding = Finding(Level.BROKEN, f"cannot be read: {error}")
+            finding = Finding(Level.BROKEN, f"cannot be read: {reason_of(error)}")
         if finding.level is Level.BROKEN:
             text = f"{finding.text}; to write it anew: gnt-cluster redist-conf"
             finding = Finding(Level.BROKEN, text)
@@ -2115,7 +2121,7 @@ class PidFile:
                 holder = os.read(fd, 20).decode("ascii", "replace").strip()
                 os.close(fd)
                 raise StartError(
-                    f"{DAEMON_NAME} runs already, with pid {holder or 'unknown'}: it"
+                    f"another daemon runs already, with pid {holder or 'unknown'}: it"
                     f" holds the lock on {self.path}"
                 ) from None
             if self._is_at_path(fd):
@@ -2246,6 +2252,8 @@ SOCK_DIAG_BY_FAMILY = 20
 NLM_F_REQUEST_DUMP = 0x301
 UDIAG_SHOW_PEER = 4
 UNIX_DIAG_PEER = 2
+#: Seconds that the kernel may take for an answer.
+DIAG_TIMEOUT = 10
 NETLINK_HEADER = struct.Struct("=IHHII")
 DIAG_REQUEST = struct.Struct("=BBHIIIQ")
 DIAG_ANSWER = struct.Struct("=BBBBIQ")
@@ -2268,7 +2276,7 @@ def read_peers() -> dict[int, int]:
     )
     peers: dict[int, int] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as diag:
-        diag.settimeout(PATIENCE)
+        diag.settimeout(DIAG_TIMEOUT)
         diag.send(header + request)
         while parse_peers(diag.recv(READ_SIZE), peers):
             pass
@@ -2402,8 +2410,14 @@ def check_directory(control_dir: str) -> Finding:
             Level.WARN,
             f"{control_dir}: not there yet; Ganeti makes it at its first KVM operation",
         )
-    except OSError as error:
+    except PermissionError as error:
         return Finding(Level.FAIL, f"{control_dir}: {error.strerror}; run this as root")
+    except OSError as error:
+        return Finding(
+            Level.FAIL,
+            f"{control_dir}: {error.strerror}; move away what stands there, Ganeti"
+            " makes the directory anew",
+        )
     return Finding(Level.OK, f"{control_dir}: the control directory is there")
 
 
@@ -2475,7 +2489,11 @@ def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
     try:
         lines = read_ssconf(path).splitlines()
     except (OSError, ValueError) as error:
-        return Finding(Level.WARN, f"{path}: cannot be read: {error}")
+        return Finding(
+            Level.WARN,
+            f"{path}: cannot be read: {reason_of(error)}; to write it anew: gnt-cluster"
+            " redist-conf",
+        )
     if "user_shutdown=True" in lines:
         return Finding(Level.OK, f"{path}: user_shutdown=True")
     return Finding(
@@ -2535,7 +2553,7 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def open_log(options: Options) -> Log:
+def make_log(options: Options) -> Log:
     """Return the log as the options want it, the file not open yet."""
     sinks: list[Callable[[str, str], None]] = []
     if options.foreground:
@@ -2544,9 +2562,6 @@ def open_log(options: Options) -> Log:
         sinks.append(syslog_sink())
     log = Log(None if options.syslog == "only" else options.log_file, sinks)
     log.debugging = options.debug
-    sys.excepthook = lambda _type, error, _traceback: log.exception(
-        "unexpected error, giving up", error
-    )
     return log
 
 
@@ -2600,7 +2615,10 @@ def main() -> int:
     command = options.command()  # its path may be relative to where we are now
     inheritance = Inheritance()
     sanitize_process()
-    log = open_log(options)
+    log = make_log(options)
+    sys.excepthook = lambda _type, error, _traceback: log.exception(
+        "unexpected error, giving up", error
+    )
     problem = None
     try:
         log.open()
@@ -2611,6 +2629,8 @@ def main() -> int:
     if not options.no_cluster_checks and not is_wanted(options, log):
         if inheritance.pid_file is not None:
             PidFile(options.pid_file, inheritance.pid_file).remove()
+        # Without it, systemd takes the end for a failure, and starts the daemon again.
+        Notifier(os.environ).send("READY=1")
         return 0
     if not options.no_user_checks and os.geteuid() != 0:
         problem = "must run as root (or with --no-user-checks, for trials)"

@@ -290,10 +290,12 @@ def test_an_idle_daemon_sleeps(
         )
         daemon.wait_for_log(" WARNING silent: no greeting")
 
-        def is_asleep() -> bool:
+        def wakes_up_within(seconds: float) -> bool:
             before = status_number(daemon.pid, "voluntary_ctxt_switches")
-            time.sleep(0.5)  # not for anything to happen: for nothing to
-            return status_number(daemon.pid, "voluntary_ctxt_switches") == before
+            time.sleep(seconds)  # not for anything to happen: for nothing to
+            return status_number(daemon.pid, "voluntary_ctxt_switches") != before
 
-        wait_until(is_asleep, "half a second without a wake-up")
+        wait_until(lambda: not wakes_up_within(0.1), "the end of what was begun")
+        # Of all that is done again and again, no interval is longer than a second.
+        assert not wakes_up_within(2.5)
         daemon.stop()

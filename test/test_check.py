@@ -173,6 +173,29 @@ def test_a_missing_directory_is_no_failure(
     assert line_about("not there yet", lines).startswith("warn  ")
 
 
+def test_what_stands_in_the_directorys_place_is_a_failure(
+    daemon: Daemon, control_dir: Path, ssconf_dir: Path
+) -> None:
+    control_dir.rmdir()
+    control_dir.touch()
+    status, lines = check(control_dir, ssconf_dir)
+    control_dir.unlink()
+    control_dir.mkdir()
+    assert status == 1
+    line = line_about("Not a directory", lines)
+    assert line.startswith("FAIL  ") and "move away what stands there" in line
+
+
+def test_a_setting_that_can_not_be_read_is_told_of_with_its_path_once(
+    daemon: Daemon, control_dir: Path, ssconf_dir: Path
+) -> None:
+    (ssconf_dir / "ssconf_hvparams_kvm").unlink()
+    _, lines = check(control_dir, ssconf_dir)
+    line = line_about("ssconf_hvparams_kvm", lines)
+    assert line.startswith("warn  ") and line.endswith("gnt-cluster redist-conf")
+    assert line.count("ssconf_hvparams_kvm") == 1
+
+
 def test_the_peer_of_a_socket_is_found() -> None:
     one, other = socket.socketpair()
     with one, other:

@@ -98,7 +98,7 @@ def test_what_is_planted_gives_way_to_the_shutdown_file(
     assert precious.exists() != dangling
     assert dangling or precious.read_text() == "precious"
     assert daemon.log.count(" WARNING ") == 1
-    daemon.wait_for_log(rf" WARNING .*{INSTANCE}\.shutdown: removing")
+    daemon.wait_for_log(rf" WARNING {INSTANCE}: removing .*{INSTANCE}\.shutdown, ")
 
 
 def test_the_shutdown_file_is_empty_and_its_owners_alone(
@@ -650,7 +650,9 @@ def test_a_shutdown_file_planted_anew_each_time_is_given_up_for_a_while(
 ) -> None:
     path = control_dir / "a.shutdown"
     path.symlink_to("x")
+    warnings: list[str] = []
     monkeypatch.setattr(os, "unlink", lambda _path: None)
     with pytest.raises(OSError, match="planted again and again") as error:
-        kvmd.create_shutdown_file(str(path), kvmd.Log(None, []))
+        kvmd.create_shutdown_file(str(path), warnings.append)
     assert error.value.errno == errno.EEXIST
+    assert all(str(path) in warning for warning in warnings) and warnings

@@ -143,6 +143,18 @@ def test_a_program_that_does_not_run_replaces_nothing(
     assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
 
 
+def test_without_a_log_to_be_opened_there_is_no_restart(
+    daemon: Daemon, qemu: FakeQemu
+) -> None:
+    away = daemon.log_file.with_suffix(".1")
+    daemon.log_file.rename(away)
+    daemon.log_file.mkdir()
+    daemon.log_file = away
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log(r" ERROR cannot restart in place: .* going on with version ")
+    assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
+
+
 def test_a_state_of_another_form_is_dropped_with_a_warning(
     daemon: Daemon, qemu: FakeQemu, installed: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_a_second_daemon_names_the_first_and_gives_up(node: Node) -> None:
     result = node.run()
     assert result.returncode == 1
     assert f"runs already, with pid {pid}" in result.stderr
-    assert f"ERROR ganeti-kvmd runs already, with pid {pid}" in node.log
+    assert f"ERROR another daemon runs already, with pid {pid}" in node.log
     assert node.pid == pid
     node.stop()
 
@@ -631,11 +631,11 @@ def test_a_guest_that_comes_back_again_and_again_cannot_fill_the_log(
     node.start()
     fake_qemu.listen()
     fake_qemu.negotiate()
-    for _ in range(1000):
+    for _ in range(2 * kvmd.Log.LINES_PER_PERIOD):
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         fake_qemu.event("RESET")
+        fake_qemu.wait_until_read()  # of what one read says, one line tells
     fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
-    fake_qemu.wait_until_read()
     wait_until(fake_qemu.shutdown_file.exists, "the last verdict")
     assert node.log.count(INSTANCE) == kvmd.Log.LINES_PER_PERIOD + 1
     node.stop()
@@ -1092,6 +1092,20 @@ class ServiceManager:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def test_for_the_service_manager_a_daemon_that_is_not_needed_has_not_failed(
+    node: Node,
+) -> None:
+    (node.ssconf_dir / "ssconf_enabled_user_shutdown").write_text("False\n")
+    address = f"{node.directory}/notify"
+    manager = ServiceManager(address)
+    node.environment["NOTIFY_SOCKET"] = address
+    try:
+        assert node.run("--foreground").returncode == 0
+        manager.wait_for("READY=1")
+    finally:
+        manager.close()
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
