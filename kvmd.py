@@ -217,12 +217,13 @@ STATUS_ID = "kvmd-status"
 #: What may be a status (RunState in QEMU's qapi/run-state.json): it goes into the log.
 STATUS = re.compile(r"[a-z0-9-]{1,32}")
 
-#: Bytes of an unfinished line that are kept, and of one read.
+#: Bytes of an unfinished line that are kept.
 LINE_LIMIT = 65536
-READ_SIZE = 65536
+#: Bytes of one read. All of them may have to be parsed, line by line.
+READ_SIZE = 16384
 OVERLONG = f"a line of more than {LINE_LIMIT} bytes"
-#: Bytes of one read where every line may have to be parsed.
-CAREFUL_READ_SIZE = 4096
+#: Bytes of one read where every line has to be parsed, or the last one had.
+CAREFUL_READ_SIZE = 1024
 
 #: Finds, in a whole chunk, whether any event in it may matter. Most don't, and JSON is
 #: parsed for none of those. It looks for the end of "event", for a search that began
@@ -532,8 +533,8 @@ class Notifier:
     (sd_pid_notify_with_fds(3)).
     """
 
-    #: Seconds that a service manager may take for a message.
-    SEND_TIMEOUT = 1
+    #: Microseconds that a service manager may take for a message.
+    SEND_TIMEOUT = 10000
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -555,7 +556,7 @@ class Notifier:
             self._socket.setsockopt(
                 socket.SOL_SOCKET,
                 socket.SO_SNDTIMEO,
-                struct.pack("ll", self.SEND_TIMEOUT, 0),
+                struct.pack("ll", 0, self.SEND_TIMEOUT),
             )
         self._flags = 0
 
@@ -592,10 +593,9 @@ class Notifier:
         """Have a descriptor kept no longer."""
         self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
-    def store_connection(self, connection: socket.socket) -> None:
-        """Have a connection kept."""
-        if self.is_heard:
-            self.store(connection_name(connection), connection.fileno())
+    def store_connection(self, connection: socket.socket) -> bool:
+        """Have a connection kept; tell whether that worked."""
+        return self.store(connection_name(connection), connection.fileno())
 
     def discard_connection(self, connection: socket.socket) -> None:
         """Have a connection kept no longer."""
@@ -732,6 +732,8 @@ class Reactor:
         self.receive_flags = socket.MSG_PEEK if notifier.is_heard else 0
         #: Monitors that have looked at something without taking it out.
         self.unconsumed: list[Monitor] = []
+        #: Monitors whose new connection is not kept yet.
+        self.unkept: list[Monitor] = []
         #: Some monitor's state is not what was kept last.
         self.changed = False
         #: Has the state kept, and takes out what was looked at.
@@ -848,6 +850,11 @@ class Monitor:
         """Return the connection's descriptor, if there is one."""
         return None if self._socket is None else self._socket.fileno()
 
+    def store(self) -> bool:
+        """Have the connection kept, if there is one; tell whether that worked."""
+        notifier = self._reactor.notifier
+        return self._socket is None or notifier.store_connection(self._socket)
+
     def settle(self) -> None:
         """Wait until the socket has stood alone long enough, then connect."""
         self.identity = socket_identity(self.path)
@@ -889,7 +896,8 @@ class Monitor:
         except OSError:
             pass  # the peer has closed already, and its last words may wait to be read
         self._adopt(connection, Protocol())
-        self._reactor.notifier.store_connection(connection)
+        if self._reactor.notifier.is_heard:
+            self._reactor.unkept.append(self)
         self._enter(Phase.AWAITING_GREETING)
         self._reactor.expect_greeting(self)
 
@@ -1089,6 +1097,9 @@ class Monitor:
             # It isn't registered if that failed: epoll(7) has limits of its own.
             if self._socket in self._reactor.selector.get_map():
                 self._reactor.selector.unregister(self._socket)
+            # A service manager may keep it open a while longer, or never hear of it.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
         self._socket = self._protocol = None
 
@@ -1246,18 +1257,23 @@ class Monitor:
 
 #: The state is a memory file, sealed: one JSON object with the members `version`,
 #: `serial` (the newest of several files counts), `pid`, `pid_file` (its descriptor, for
-#: the same process after exec), and `monitors`, a list of what `Monitor.export` makes.
+#: the same process after exec), `control_dir`, and `monitors`, a list of what
+#: `Monitor.export` makes.
 STATE_VERSION = 1
 STATE_NAME = "kvmd-state"
 
 
 def write_state_file(state: str) -> int:
     """Return the descriptor of a sealed memory file with the state. Raises OSError."""
-    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "w", encoding="ascii", closefd=False) as file:
-        file.write(state)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
+    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(fd, "w", encoding="ascii", closefd=False) as file:
+            file.write(state)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -1330,8 +1346,12 @@ class Inheritance:
 
 #: Seconds of one wait in the selector: epoll_wait(2) takes milliseconds in an int.
 LONGEST_WAIT = 86400.0
+#: Seconds after which the kernel is not to keep the loop waiting any more.
+STALL_LIMIT = 0.02
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
+#: Seconds between attempts to have the state kept.
+KEEPING_RETRY = 1.0
 
 #: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
 SUFFIXES = {
@@ -1357,6 +1377,16 @@ def catch_signals(numbers: list[signal.Signals]) -> int:
         signal.signal(number, lambda _number, _frame: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     return reader
+
+
+def limit_stalls(seconds: float) -> None:
+    """Have SIGALRM end what the kernel keeps us waiting for so long; 0 for no more.
+
+    A peer can have it do that: it sends a descriptor, which is closed as it is read, of
+    a TCP connection whose close waits for as long as the peer likes (SO_LINGER of
+    socket(7)).
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
 
 
 class Daemon:
@@ -1392,13 +1422,14 @@ class Daemon:
         #: Counts the states that were kept, also by the daemons before.
         self._serial = 0
         reactor.keep_state = self._keep_state
-        self._actions = {
+        self._actions: dict[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: self.stop,
             signal.SIGINT: self.stop,
             signal.SIGHUP: self.reopen_log,
             signal.SIGUSR1: self.log_status,
             signal.SIGUSR2: self.try_new_program,
             signal.SIGCHLD: self._end_trial,
+            signal.SIGALRM: lambda: None,  # it was enough that it came
         }
 
     def start(self, inheritance: Inheritance) -> None:
@@ -1407,6 +1438,7 @@ class Daemon:
         self._reactor.selector.register(
             self._signals, selectors.EVENT_READ, self._on_signals
         )
+        limit_stalls(STALL_LIMIT)
         self._take_over(inheritance)
         self.rescan()
         if self._watch is not None and self._watch.target is None:
@@ -1414,15 +1446,20 @@ class Daemon:
                 f"waiting for {self._reactor.control_dir}: no such directory yet"
             )
         self._keep_state()
+        limit_stalls(0)
 
     def _take_over(self, inheritance: Inheritance) -> None:
         """Go on where an earlier daemon ended."""
         problem = inheritance.problem
-        records = [] if problem else inheritance.state.get("monitors", [])
+        state = {} if problem else inheritance.state
+        is_of_here = state.get("control_dir") == self._reactor.control_dir
+        records = state.get("monitors", []) if is_of_here else []
         connections = inheritance.connections
         try:
             self._serial = inheritance.state.get("serial", 0)
             for record in records:
+                if record["suffix"] not in self._suffixes:
+                    continue  # started with other options: it is to be let go
                 name = record["connection"]
                 connection = connections.get(name)
                 monitor = Monitor.restore(record, connection, self._reactor)
@@ -1435,8 +1472,8 @@ class Daemon:
                 f"the state of an earlier daemon can't be read ({problem!r});"
                 " connecting anew"
             )
-        elif records:
-            self._log.info(f"taking over instances: {len(records)}")
+        elif self._monitors:
+            self._log.info(f"taking over instances: {len(self._monitors)}")
         # What nobody knows of would keep QEMU from taking another connection.
         for name, connection in connections.items():
             self._notifier.discard(name)
@@ -1450,17 +1487,24 @@ class Daemon:
             self._turn()
 
     def _turn(self) -> None:
-        """Wait, then serve all that is ready, one read each; the monitors come first.
-
-        What was to be read on an old connection is read before a new socket of the
-        same name is noticed.
-        """
-        others: list[Callable[[], None]] = []
+        """Wait until there is something to do, and do it."""
         timeout = self._timeout()
         if timeout is not None and 0 < timeout <= LISTEN_DELAY:
             time.sleep(timeout)  # the selector would make a whole millisecond of it
             timeout = 0
-        for key, _ in self._reactor.selector.select(timeout):
+        ready = self._reactor.selector.select(timeout)
+        limit_stalls(STALL_LIMIT)
+        self._serve(ready)
+        limit_stalls(0)
+
+    def _serve(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Serve all that is ready, one read each, then all whose time has come.
+
+        The monitors come first: what was to be read on an old connection is read
+        before a new socket of the same name is noticed.
+        """
+        others: list[Callable[[], None]] = []
+        for key, _ in ready:
             if isinstance(key.data, Monitor):
                 self._attend(key.data, Monitor.receive)
             else:
@@ -1478,11 +1522,19 @@ class Daemon:
 
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""
-        if self._reactor.changed and self._notifier.is_heard:
-            self._reactor.changed = not self._store_state()
+        if self._notifier.is_heard:
+            unkept = self._reactor.unkept
+            unkept[:] = [monitor for monitor in unkept if not monitor.store()]
+            if self._reactor.changed:
+                self._reactor.changed = not self._store_state()
         for monitor in self._reactor.unconsumed:
             monitor.consume()
         self._reactor.unconsumed.clear()
+
+    def _is_behind(self) -> bool:
+        """Tell whether something could not be given to the service manager yet."""
+        to_be_kept = self._reactor.changed or bool(self._reactor.unkept)
+        return to_be_kept and self._notifier.is_heard
 
     def _store_state(self) -> bool:
         """Replace the older one of the two states that the service manager keeps."""
@@ -1509,6 +1561,7 @@ class Daemon:
         return (
             f'{{"version": {STATE_VERSION}, "serial": {self._serial},'
             f' "pid": {os.getpid()}, "pid_file": {json.dumps(pid_file)},'
+            f' "control_dir": {json.dumps(self._reactor.control_dir)},'
             f' "monitors": [{records}]}}'
         )
 
@@ -1526,6 +1579,8 @@ class Daemon:
         deadline = min(
             self._next_rescan, self._next_sign_of_life, self._reactor.next_timer()
         )
+        if self._is_behind():
+            deadline = min(deadline, time.monotonic() + KEEPING_RETRY)
         if deadline == NEVER:
             return None
         return min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
@@ -2252,8 +2307,9 @@ SOCK_DIAG_BY_FAMILY = 20
 NLM_F_REQUEST_DUMP = 0x301
 UDIAG_SHOW_PEER = 4
 UNIX_DIAG_PEER = 2
-#: Seconds that the kernel may take for an answer.
+#: Seconds that the kernel may take for an answer; bytes of one read of it.
 DIAG_TIMEOUT = 10
+DIAG_READ_SIZE = 65536
 NETLINK_HEADER = struct.Struct("=IHHII")
 DIAG_REQUEST = struct.Struct("=BBHIIIQ")
 DIAG_ANSWER = struct.Struct("=BBBBIQ")
@@ -2278,7 +2334,7 @@ def read_peers() -> dict[int, int]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as diag:
         diag.settimeout(DIAG_TIMEOUT)
         diag.send(header + request)
-        while parse_peers(diag.recv(READ_SIZE), peers):
+        while parse_peers(diag.recv(DIAG_READ_SIZE), peers):
             pass
     return peers
 
@@ -2309,7 +2365,7 @@ def read_holders(inodes: set[int]) -> dict[int, str]:
     holders = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/comm", encoding="utf-8") as comm:
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
                 name = comm.read().strip()
             for _, target in open_files(pid):
                 if target in wanted:
@@ -2325,14 +2381,17 @@ def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
     From /proc/net/unix, which has a line for the listener and for every connection.
     """
     sockets: dict[str, list[tuple[int, int, int]]] = {}
-    with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
-        next(table)
-        for line in table:
-            _, _, _, flags, _, state, inode, *path = line.rstrip("\n").split(None, 7)
-            directory, name = os.path.split("".join(path))
-            if name and os.path.realpath(directory) == os.path.realpath(control_dir):
-                entry = (int(flags, 16), int(state, 16), int(inode))
-                sockets.setdefault(name, []).append(entry)
+    with open("/proc/net/unix", "rb") as table:
+        lines = os.fsdecode(table.read()).split("\n")
+    for line in lines[1:]:
+        try:
+            _, _, _, flags, _, state, inode, path = line.split(None, 7)
+            entry = (int(flags, 16), int(state, 16), int(inode))
+        except ValueError:
+            continue  # without a path, or with one that holds the end of a line
+        directory, name = os.path.split(path)
+        if name and os.path.realpath(directory) == os.path.realpath(control_dir):
+            sockets.setdefault(name, []).append(entry)
     return sockets
 
 
@@ -2362,7 +2421,7 @@ def check_instances(
 ) -> Iterator[Finding]:
     """Judge each instance's monitor socket, without connecting to it.
 
-    The daemon's pid is None if none runs.
+    The pid is that of this daemon, None if it does not run.
     """
     sockets = read_sockets(control_dir)
     try:
@@ -2457,6 +2516,21 @@ def lock_holder(path: str) -> int | None:
     return None
 
 
+def command_of(pid: int) -> str:
+    """Return the command line of a process, "" if it can't be read."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return os.fsdecode(file.read()).replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+def is_ganetis(pid: int) -> bool:
+    """Tell whether a daemon is Ganeti's own, which is a compiled program."""
+    command = command_of(pid)
+    return command != "" and "python" not in command
+
+
 def check_daemon(pid_file: str, pid: int | None) -> Finding:
     """Judge whether a daemon runs, and which; the pid is that of the file's locker."""
     if pid is None:
@@ -2465,20 +2539,18 @@ def check_daemon(pid_file: str, pid: int | None) -> Finding:
             f"no daemon runs (nobody has {pid_file} locked); start it with"
             " /usr/lib/ganeti/daemon-util start ganeti-kvmd",
         )
+    if is_ganetis(pid):
+        return Finding(
+            Level.WARN,
+            f"a daemon runs, pid {pid}, but it is Ganeti's own ({command_of(pid)}); to"
+            " have this one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
+        )
     try:
         with open(f"/proc/{pid}/limits", encoding="ascii") as limits:
             words = next(line for line in limits if line.startswith("Max open files"))
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            command = file.read().replace("\0", " ").strip()
     except OSError as error:
         return Finding(Level.OK, f"a daemon runs, pid {pid} ({error.strerror})")
     limit = words.split()[3]
-    if "python" not in command:
-        return Finding(
-            Level.WARN,
-            f"a daemon runs, pid {pid}, but it is Ganeti's own ({command}); to have"
-            " this one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
-        )
     return Finding(Level.OK, f"a daemon runs, pid {pid}, with up to {limit} open files")
 
 
@@ -2515,6 +2587,8 @@ def check_node(options: Options) -> Iterator[Finding]:
     yield directory
     if directory.level is Level.OK:
         suffixes = SUFFIXES[options.socket_suffix]
+        if daemon is not None and is_ganetis(daemon):
+            daemon = None
         yield from check_instances(options.control_dir, suffixes, daemon)
 
 
@@ -2549,8 +2623,10 @@ def is_wanted(options: Options, log: Log) -> bool:
 def raise_descriptor_limit() -> int:
     """Raise the limit of open files as far as it goes, and return it."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    # The sysctl fs.nr_open may have been lowered below it since.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def make_log(options: Options) -> Log:

@@ -103,6 +103,11 @@ class FakeQemu:
         assert self._client
         self._client.sendall(data)
 
+    def send_descriptor(self, data: bytes, fd: int) -> None:
+        """Send bytes, and a descriptor with them."""
+        assert self._client
+        socket.send_fds(self._client, [data], [fd])
+
     def send_out_of_band(self, byte: bytes) -> None:
         """Send a byte as no QEMU does; raises OSError where the kernel knows none."""
         assert self._client

@@ -6,9 +6,11 @@ import itertools
 import os
 import re
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,9 @@ def delays(log: str) -> list[float]:
 
 # ---- Floods --------------------------------------------------------------------------
 
+UNINTERESTING = event_line("RTC_CHANGE", offset=1)
 FLOODS = {
-    "events": event_line("RTC_CHANGE", offset=1),
+    "events": UNINTERESTING,
     "events of interest": event_line("STOP") + event_line("RESUME"),
     "verdicts": event_line("SHUTDOWN", guest=True) + event_line("RESET"),
     "greetings": b'{"QMP": {}}\r\n',
@@ -70,6 +73,8 @@ FLOODS = {
     "no newline": b"x" * 65536,
     "newlines": b"\r\n" * 30000,
     "event names": b'{"event" :\t"' * 5000,
+    # A long read after nothing of interest, and every line of it has to be parsed.
+    "changing": UNINTERESTING * 500 + b'vent":"STOP"\n' * 5000,
 }
 
 
@@ -118,6 +123,38 @@ def test_a_flooding_instance_delays_no_other_ones_verdict(
         assert times[len(times) // 2] < 50
         assert memory(daemon) < 40 * 1024
         daemon.stop()
+
+
+@contextmanager
+def unread_connection() -> Iterator[socket.socket]:
+    """Give a full TCP connection; its last close waits until it is read, for long."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    linger = struct.pack("ii", 1, 1000)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    connection.setblocking(False)
+    with peer, connection:
+        with suppress(BlockingIOError):
+            while True:
+                connection.send(b"x" * 65536)
+        yield connection
+
+
+def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
+    daemon: Daemon, control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with FakeQemu(control_dir, "hostile") as hostile, unread_connection() as connection:
+        for qemu in (fake_qemu, hostile):
+            qemu.listen()
+            qemu.negotiate()
+            daemon.wait_until_connected(qemu.name)
+        daemon.send_signal(signal.SIGSTOP)
+        hostile.send_descriptor(UNINTERESTING, connection.fileno())
+        connection.close()
+        daemon.send_signal(signal.SIGCONT)
+        fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        wait_until(fake_qemu.shutdown_file.exists, "the shutdown file")
 
 
 def test_what_no_line_ends_takes_no_memory_and_costs_no_event(

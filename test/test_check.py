@@ -196,6 +196,46 @@ def test_a_setting_that_can_not_be_read_is_told_of_with_its_path_once(
     assert line.count("ssconf_hvparams_kvm") == 1
 
 
+def test_names_that_are_no_text_are_no_matter(
+    daemon: Daemon, fake_qemu: FakeQemu, control_dir: Path, ssconf_dir: Path
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.negotiate()
+    rename = "open('/proc/self/comm', 'wb').write(b'\\xff'); print(flush=True); input()"
+    with (
+        socket.socket(socket.AF_UNIX) as other,
+        subprocess.Popen(
+            [sys.executable, "-c", rename],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process,
+    ):
+        other.bind(b"\0a\nb \xff\n")
+        assert process.stdout and process.stdin
+        process.stdout.readline()
+        status, lines = check(control_dir, ssconf_dir)
+        process.stdin.write(b"\n")
+    assert status == 0
+    assert f"ganeti-kvmd, pid {daemon.pid}" in line_about(f"{INSTANCE}.kvmd", lines)
+
+
+def test_of_ganetis_own_daemon_no_status_is_asked_for(
+    fake_qemu: FakeQemu,
+    control_dir: Path,
+    ssconf_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_qemu.listen()
+    options = kvmd.Options()
+    options.control_dir, options.ssconf_dir = str(control_dir), str(ssconf_dir)
+    with subprocess.Popen(["sleep", "60"]) as compiled:
+        monkeypatch.setattr(kvmd, "lock_holder", lambda _path: compiled.pid)
+        lines = [finding.text for finding in kvmd.check_node(options)]
+        compiled.kill()
+    assert "it is Ganeti's own (sleep 60)" in line_about("a daemon runs", lines)
+    assert line_about(f"{INSTANCE}.kvmd", lines).endswith("nobody connected")
+
+
 def test_the_peer_of_a_socket_is_found() -> None:
     one, other = socket.socketpair()
     with one, other:

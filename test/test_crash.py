@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from daemon import INSTANCE, Daemon
-from deadline import wait_until
+from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu, event_line
 from status import status_table
 from systemd import Service, Systemd
@@ -661,10 +662,95 @@ def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -
         while notifier.send("WATCHDOG=1"):
             pass
         start = time.monotonic()
-        assert not any(notifier.send("WATCHDOG=1") for _ in range(100))
-        assert time.monotonic() - start < notifier.PATIENCE
+        assert not any(notifier.send("WATCHDOG=1") for _ in range(1000))
+        assert time.monotonic() - start < 5  # a thousandth of a second would be too long
         stuck.recv(4096)
         assert notifier.send("WATCHDOG=1")
+
+
+def test_what_a_service_manager_did_not_take_is_given_to_it_again(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    address = str(control_dir.parent / "notify")
+    environment = {**os.environ, "NOTIFY_SOCKET": address}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        notifier = kvmd.Notifier(environment)
+        while notifier.send("full"):
+            pass
+        with Daemon(
+            control_dir, "--rescan-interval=0", environment=environment
+        ) as daemon:
+            fake_qemu.listen()
+            fake_qemu.negotiate()
+            daemon.wait_until_connected(INSTANCE)
+            manager.settimeout(SECONDS)
+            wanted = {"connection", "state"}
+            while wanted:
+                message, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+                for fd in fds:
+                    os.close(fd)
+                    wanted -= set(re.findall(r"FDNAME=([a-z]+)-", message.decode()))
+            daemon.stop()
+
+
+def test_a_connection_is_let_go_whoever_else_has_it_open(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    reactor = kvmd.Reactor(
+        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
+    )
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    fake_qemu.listen()
+    monitor.connect()
+    fake_qemu.accept()
+    descriptor = monitor.descriptor()
+    assert descriptor is not None
+    copy = os.dup(descriptor)
+    monitor.close()
+    assert fake_qemu.client_has_left()
+    os.close(copy)
+    reactor.selector.close()
+
+
+@pytest.mark.parametrize(
+    "falsify",
+    [
+        lambda state: json.dumps({**state, "control_dir": "/somewhere/else"}),
+        lambda state: with_first_monitor(state, suffix=".not-asked-for"),
+    ],
+    ids=["directory", "suffix"],
+)
+def test_started_with_other_options_it_lets_the_connections_go(
+    service: Service,
+    systemd: Systemd,
+    fake_qemu: FakeQemu,
+    falsify: Callable[[dict[str, Any]], str],
+) -> None:
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.end()
+    put_state(systemd, falsify(kept_state(systemd)))
+    service.start()
+    fake_qemu.wait_until_client_leaves()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+    assert " taking over " not in service.log
+
+
+def test_a_state_that_could_not_be_written_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "patched")
+
+    monkeypatch.setattr(kvmd.fcntl, "fcntl", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="patched"):
+        kvmd.write_state_file("{}")
+    assert os.listdir("/proc/self/fd") == before
 
 
 class Life(NamedTuple):

@@ -265,7 +265,7 @@ def test_restart_at_any_byte_of_a_recording_loses_nothing(recording: bytes) -> N
 def test_restart_amid_a_line_that_is_too_long_goes_on_skipping_it(
     listening: Protocol,
 ) -> None:
-    hear(listening, [b"x" * kvmd.READ_SIZE, b"x"])
+    hear(listening, [b"x" * kvmd.LINE_LIMIT, b"x"])
     assert hear(restarted(listening), [POWEROFF, POWEROFF]) == [POWEROFF_HEARD]
 
 
@@ -344,7 +344,7 @@ def test_longer_line_is_skipped_to_its_end(
 
 
 def test_end_of_a_longer_line_is_no_event_of_its_own(listening: Protocol) -> None:
-    pieces = [b"x" * kvmd.READ_SIZE, b"x", POWEROFF, STOP]
+    pieces = [b"x" * kvmd.LINE_LIMIT, b"x", POWEROFF, STOP]
     assert [event.name for event in hear(listening, pieces)] == ["STOP"]
 
 

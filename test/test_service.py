@@ -824,6 +824,17 @@ AUTOGROUPS = Path("/proc/self/autogroup").exists()
 FAVOURED = (kvmd.NICENESS, str(kvmd.NICENESS) if AUTOGROUPS else "")
 
 
+def test_a_limit_of_files_that_cannot_be_raised_is_lived_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert kvmd.raise_descriptor_limit() == soft
+
+
 def niceness(pid: int) -> tuple[int, str]:
     """Return the niceness of a process and of its autogroup, if it has one."""
     autogroup = Path(f"/proc/{pid}/autogroup")
