@@ -318,9 +318,11 @@ class Protocol:
 
     def receive(self, data: bytes) -> list[Greeting | Status | Event]:
         """Take what was read, b"" at the end of the connection; return the messages."""
+        listening = self._answered and self._greeted
         end = data.rfind(b"\n") + 1
         if data and not end:
             self._keep(data)
+            self.read_size = READ_SIZE if listening else CAREFUL_READ_SIZE
             return []
         lines = self._unfinished + data[:end]
         self._unfinished = b""
@@ -328,7 +330,6 @@ class Protocol:
             lines = lines[lines.find(b"\n") + 1 :]
             self._overlong = False
         self._keep(data[end:])
-        listening = self._answered and self._greeted
         if listening and not EVENT_OF_INTEREST.search(lines):
             self.read_size = READ_SIZE
             return []
@@ -664,6 +665,11 @@ PATIENCE = 10.0
 SETTLING_TIME = 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
+#: Bytes of one connection that are parsed within a second, a short read counted as one
+#: of CAREFUL_READ_SIZE; and seconds for which it is left alone after that. QEMU says
+#: less of interest in a guest's whole life.
+PARSED_BYTES = 32768
+PAUSE = 0.1
 #: Reads of an old connection before a new process takes its instance's name.
 LAST_READS = 64
 #: Bytes of sun_path, less the NUL at its end (unix(7)).
@@ -743,6 +749,18 @@ class Reactor:
         #: The monitors that await a greeting, in the order in which they connected.
         self._unanswered: collections.deque[Monitor] = collections.deque()
         self._sequence = itertools.count()
+        #: Monitor -> bytes that were parsed, in the second that ends then.
+        self._parsed: dict[Monitor, int] = {}
+        self._end_of_second = 0.0
+
+    def count_parsed(self, monitor: Monitor, size: int) -> int:
+        """Count so many bytes more, and return how many there were in this second."""
+        now = time.monotonic()
+        if now >= self._end_of_second:
+            self._parsed.clear()
+            self._end_of_second = now + 1
+        count = self._parsed[monitor] = self._parsed.get(monitor, 0) + size
+        return count
 
     def set_timer(self, monitor: Monitor, seconds: float) -> None:
         """Have the monitor's `on_timer` called in so many seconds."""
@@ -907,7 +925,21 @@ class Monitor:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._socket = connection
         self._protocol = protocol
-        self._reactor.selector.register(connection, selectors.EVENT_READ, self)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._socket is not None:
+            self._reactor.selector.register(self._socket, selectors.EVENT_READ, self)
+
+    def _stop_listening(self) -> None:
+        # It may have paused, or epoll(7) may have had no room for it.
+        if self._socket is not None and self._is_listened_to():
+            self._reactor.selector.unregister(self._socket)
+
+    def _is_listened_to(self) -> bool:
+        """Tell whether what the peer says next wakes the daemon up."""
+        selected = self._reactor.selector.get_map()
+        return self._socket is not None and self._socket in selected
 
     def _wait_for_listener(self, error: OSError) -> None:
         if error.errno == errno.ENOENT:
@@ -957,6 +989,8 @@ class Monitor:
             if self.phase in {Phase.SETTLING, Phase.WAITING}:
                 self._enter(Phase.CONNECTING)
             self.connect()
+        if self._socket is not None and not self._is_listened_to():
+            self._listen()
         if self._unwritten is not None:
             self._write_file()
 
@@ -1036,6 +1070,15 @@ class Monitor:
             self._note_change()
         if protocol.complaint != complaint:
             self._warn(f"skipping what QEMU should not say ({protocol.complaint})")
+        if protocol.read_size == CAREFUL_READ_SIZE:
+            size = max(len(data), CAREFUL_READ_SIZE)
+            if self._reactor.count_parsed(self, size) > PARSED_BYTES:
+                self._pause()
+
+    def _pause(self) -> None:
+        """Read no more for a while."""
+        self._stop_listening()
+        self._reactor.set_timer(self, PAUSE)
 
     def _state_to_keep(self) -> object:
         """Return what reading may change of the state, None if nobody keeps that."""
@@ -1094,9 +1137,7 @@ class Monitor:
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._reactor.notifier.discard_connection(self._socket)
-            # It isn't registered if that failed: epoll(7) has limits of its own.
-            if self._socket in self._reactor.selector.get_map():
-                self._reactor.selector.unregister(self._socket)
+            self._stop_listening()
             # A service manager may keep it open a while longer, or never hear of it.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

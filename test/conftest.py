@@ -16,6 +16,8 @@ from daemon import INSTANCE, Daemon, control_directory
 from fake_qemu import FakeQemu
 from qemu import PROGRAM, Qemu, is_installed
 
+import kvmd
+
 StartQemu = Callable[..., Qemu]
 
 
@@ -59,3 +61,13 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
             return ending.enter_context(qemu)
 
         yield start
+
+
+@pytest.fixture
+def reactor(control_dir: Path) -> Iterator[kvmd.Reactor]:
+    """Return what a monitor needs, with a log that is thrown away."""
+    reactor = kvmd.Reactor(
+        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
+    )
+    yield reactor
+    reactor.selector.close()

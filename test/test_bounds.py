@@ -27,6 +27,8 @@ from namespace import (
 from status import status_table
 from variant import program_with
 
+import kvmd
+
 AS_ON_A_NODE = "sys.argv.remove('--debug')"
 
 
@@ -155,6 +157,54 @@ def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
         daemon.send_signal(signal.SIGCONT)
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         wait_until(fake_qemu.shutdown_file.exists, "the shutdown file")
+
+
+def connected(reactor: kvmd.Reactor, fake_qemu: FakeQemu) -> kvmd.Monitor:
+    """Return a monitor that has negotiated."""
+    fake_qemu.listen()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    fake_qemu.negotiate()
+    while not monitor.state.alive:
+        monitor.receive()
+    return monitor
+
+
+def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    fake_qemu.send(FLOODS["events of interest"] * 500)
+    while reactor.selector.select(0):
+        assert monitor.receive()
+    assert monitor.receive(), "all was read"
+    wait_until(lambda: monitor in reactor.expired(), "its timer", seconds=1)
+    monitor.on_timer()
+    assert reactor.selector.select(0)
+    monitor.finish()
+
+
+def test_what_was_parsed_is_forgotten_after_a_second(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    assert reactor.count_parsed(monitor, 1) > 1
+    later = time.monotonic() + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert reactor.count_parsed(monitor, 1) == 1
+    monitor.finish()
+
+
+def test_a_peer_with_nothing_to_parse_is_never_left_alone(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    for _ in range(100):
+        fake_qemu.send(UNINTERESTING * 500)
+        while reactor.selector.select(0):
+            assert monitor.receive()
+    assert not monitor.receive()
+    monitor.finish()
 
 
 def test_what_no_line_ends_takes_no_memory_and_costs_no_event(

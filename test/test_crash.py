@@ -695,11 +695,8 @@ def test_what_a_service_manager_did_not_take_is_given_to_it_again(
 
 
 def test_a_connection_is_let_go_whoever_else_has_it_open(
-    control_dir: Path, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
 ) -> None:
-    reactor = kvmd.Reactor(
-        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
-    )
     monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
     fake_qemu.listen()
     monitor.connect()
@@ -710,7 +707,6 @@ def test_a_connection_is_let_go_whoever_else_has_it_open(
     monitor.close()
     assert fake_qemu.client_has_left()
     os.close(copy)
-    reactor.selector.close()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -451,16 +451,6 @@ def test_after_an_unexpected_error_it_connects_anew(
 
 
 # ---- What came before an error -------------------------------------------------------
-
-
-@pytest.fixture
-def reactor(control_dir: Path) -> Iterator[kvmd.Reactor]:
-    """Return what a monitor needs, with a log that is thrown away."""
-    reactor = kvmd.Reactor(
-        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
-    )
-    yield reactor
-    reactor.selector.close()
 
 
 def test_what_had_arrived_counts_though_sending_fails(
