@@ -11,6 +11,7 @@ from pathlib import Path
 import kvmd
 import pytest
 from daemon import INSTANCE, ROOT, Daemon
+from deadline import wait_until
 from fake_qemu import FakeQemu
 from status import wait_for_status
 
@@ -229,6 +230,7 @@ def test_of_ganetis_own_daemon_no_status_is_asked_for(
     options = kvmd.Options()
     options.control_dir, options.ssconf_dir = str(control_dir), str(ssconf_dir)
     with subprocess.Popen(["sleep", "60"]) as compiled:
+        wait_until(lambda: kvmd.command_of(compiled.pid) == "sleep 60", "its start")
         monkeypatch.setattr(kvmd, "lock_holder", lambda _path: compiled.pid)
         lines = [finding.text for finding in kvmd.check_node(options)]
         compiled.kill()
