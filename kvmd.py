@@ -665,10 +665,11 @@ PATIENCE = 10.0
 SETTLING_TIME = 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
-#: Bytes of one connection that are parsed within a second, a short read counted as one
-#: of CAREFUL_READ_SIZE; and seconds for which it is left alone after that. QEMU says
-#: less of interest in a guest's whole life.
+#: Bytes of one connection that may be parsed within a second before it is left alone for
+#: PAUSE seconds; a read counts as LEAST_PARSED at least. QEMU says less of interest in a
+#: guest's whole life.
 PARSED_BYTES = 32768
+LEAST_PARSED = 256
 PAUSE = 0.1
 #: Reads of an old connection before a new process takes its instance's name.
 LAST_READS = 64
@@ -1071,7 +1072,7 @@ class Monitor:
         if protocol.complaint != complaint:
             self._warn(f"skipping what QEMU should not say ({protocol.complaint})")
         if protocol.read_size == CAREFUL_READ_SIZE:
-            size = max(len(data), CAREFUL_READ_SIZE)
+            size = max(len(data), LEAST_PARSED)
             if self._reactor.count_parsed(self, size) > PARSED_BYTES:
                 self._pause()
 

@@ -709,7 +709,7 @@ def test_a_syslog_that_is_stuck_stops_nothing(node: Node, fake_qemu: FakeQemu) -
         fake_qemu.negotiate()
         for _ in range(1000):
             os.kill(node.pid, signal.SIGHUP)
-            fake_qemu.event("RESET")
+            fake_qemu.event("RTC_CHANGE")
             fake_qemu.wait_until_read()
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         wait_until(fake_qemu.shutdown_file.exists, "the verdict")
