@@ -341,6 +341,11 @@ class Protocol:
         ]
         return [message for message in messages if message is not None]
 
+    @property
+    def pending(self) -> int:
+        """How many bytes are kept of a line that goes on."""
+        return len(self._unfinished)
+
     def export(self) -> dict[str, object]:
         """Return what is known of the connection for the state file."""
         return {
@@ -560,6 +565,8 @@ class Notifier:
                 struct.pack("ll", 0, self.SEND_TIMEOUT),
             )
         self._flags = 0
+        #: What is to be kept no longer, and was not taken yet.
+        self._discarded: list[str] = []
 
     def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
         """Send lines like READY=1, and descriptors with them; tell whether that worked.
@@ -590,9 +597,21 @@ class Notifier:
         """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
         return self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
 
-    def discard(self, name: str) -> None:
-        """Have a descriptor kept no longer."""
-        self.send("FDSTOREREMOVE=1", f"FDNAME={name}")
+    def discard(self, name: str) -> bool:
+        """Have a descriptor kept no longer; tell whether that worked.
+
+        If it did not, `discard_rest` will.
+        """
+        self._discarded.append(name)
+        return self.discard_rest()
+
+    def discard_rest(self) -> bool:
+        """Discard what could not be before; tell whether that worked."""
+        while self._discarded:
+            if not self.send("FDSTOREREMOVE=1", f"FDNAME={self._discarded[-1]}"):
+                return False
+            self._discarded.pop()
+        return True
 
     def store_connection(self, connection: socket.socket) -> bool:
         """Have a connection kept; tell whether that worked."""
@@ -602,6 +621,13 @@ class Notifier:
         """Have a connection kept no longer."""
         if self.is_heard:
             self.discard(connection_name(connection))
+
+
+def end_connection(connection: socket.socket) -> None:
+    """Close a connection, which a service manager may have open a while longer."""
+    with contextlib.suppress(OSError):  # the peer has closed it already
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def connection_name(connection: socket.socket) -> str:
@@ -665,12 +691,14 @@ PATIENCE = 10.0
 SETTLING_TIME = 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
-#: Bytes of one connection that may be parsed within a second before it is left alone for
-#: PAUSE seconds; a read counts as LEAST_PARSED at least. QEMU says less of interest in a
-#: guest's whole life.
+#: Bytes of one connection that may be parsed within a second before it is left alone
+#: for PAUSE seconds; a read counts as LEAST_PARSED at least. QEMU says less of interest
+#: in a guest's whole life.
 PARSED_BYTES = 32768
 LEAST_PARSED = 256
 PAUSE = 0.1
+#: Seconds for which a peer is left alone that sends descriptors (`limited_stalls`).
+HOSTILE_PAUSE = 10.0
 #: Reads of an old connection before a new process takes its instance's name.
 LAST_READS = 64
 #: Bytes of sun_path, less the NUL at its end (unix(7)).
@@ -750,6 +778,8 @@ class Reactor:
         #: The monitors that await a greeting, in the order in which they connected.
         self._unanswered: collections.deque[Monitor] = collections.deque()
         self._sequence = itertools.count()
+        #: Monitors whose connection is left alone for a while.
+        self.paused: set[Monitor] = set()
         #: Monitor -> bytes that were parsed, in the second that ends then.
         self._parsed: dict[Monitor, int] = {}
         self._end_of_second = 0.0
@@ -801,7 +831,8 @@ class Reactor:
 
     def has_room(self) -> bool:
         """Tell whether a descriptor is left for one more connection."""
-        return len(self.selector.get_map()) < self._connection_limit
+        taken = len(self.selector.get_map()) + len(self.paused)
+        return taken < self._connection_limit
 
 
 class Monitor:
@@ -933,14 +964,16 @@ class Monitor:
             self._reactor.selector.register(self._socket, selectors.EVENT_READ, self)
 
     def _stop_listening(self) -> None:
-        # It may have paused, or epoll(7) may have had no room for it.
-        if self._socket is not None and self._is_listened_to():
-            self._reactor.selector.unregister(self._socket)
+        selector = self._reactor.selector
+        # It may be paused, or epoll(7) may have had no room for it.
+        if self._socket is not None and self._socket in selector.get_map():
+            selector.unregister(self._socket)
 
-    def _is_listened_to(self) -> bool:
-        """Tell whether what the peer says next wakes the daemon up."""
-        selected = self._reactor.selector.get_map()
-        return self._socket is not None and self._socket in selected
+    def _pause(self, seconds: float) -> None:
+        """Read no more for a while."""
+        self._stop_listening()
+        self._reactor.paused.add(self)
+        self._reactor.set_timer(self, seconds)
 
     def _wait_for_listener(self, error: OSError) -> None:
         if error.errno == errno.ENOENT:
@@ -990,7 +1023,8 @@ class Monitor:
             if self.phase in {Phase.SETTLING, Phase.WAITING}:
                 self._enter(Phase.CONNECTING)
             self.connect()
-        if self._socket is not None and not self._is_listened_to():
+        if self in self._reactor.paused:
+            self._reactor.paused.remove(self)
             self._listen()
         if self._unwritten is not None:
             self._write_file()
@@ -1014,7 +1048,7 @@ class Monitor:
         """Read what is left on the connection, and close it for good."""
         for _ in range(LAST_READS):
             self._reactor.keep_state()  # takes out what was looked at before
-            if not self.receive():
+            if not self.receive() or self in self._reactor.paused:
                 break
         self.close()
 
@@ -1029,18 +1063,29 @@ class Monitor:
         """Read once, and act on it; tell whether there was anything to read."""
         if self._socket is None or self._protocol is None:
             return False
-        data = self._read(self._socket, self._protocol.read_size)
-        if data is None:
+        received = self._read(self._socket, self._protocol.read_size)
+        if received is None:
             return False
+        data, flags = received
         self._hear(data, self._protocol)
         if not data:
             self._end()
+        elif flags & socket.MSG_CTRUNC:
+            self._warn(
+                "a descriptor came along, which QEMU does not send: someone else speaks"
+                f" on {self.path}; listening again in {HOSTILE_PAUSE:.0f} s"
+            )
+            self._pause(HOSTILE_PAUSE)
         return bool(data)
 
-    def _read(self, connection: socket.socket, size: int) -> bytes | None:
-        """Return what one read gives, b"" at the end, None if there is nothing now."""
+    def _read(self, connection: socket.socket, size: int) -> tuple[bytes, int] | None:
+        """Return what one read gives, and flags of recv(2); None if there is nothing.
+
+        At the end it gives b"".
+        """
+        flags = 0
         try:
-            data = connection.recv(size, self._reactor.receive_flags)
+            data, _, flags, _ = connection.recvmsg(size, 0, self._reactor.receive_flags)
         except BlockingIOError:
             return None
         except OSError:
@@ -1051,7 +1096,7 @@ class Monitor:
             self._unconsumed = data
             self._record = None
             self._reactor.unconsumed.append(self)
-        return data
+        return data, flags
 
     def _hear(self, data: bytes, protocol: Protocol) -> None:
         """Act on what was read."""
@@ -1059,6 +1104,7 @@ class Monitor:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
         complaint = protocol.complaint
+        size = max(protocol.pending + len(data), LEAST_PARSED)
         before = self._state_to_keep()
         # The last ruling of one read stands for all: a peer that has its guest go down
         # and come back all the time is to flood the directory's watch with no events.
@@ -1071,15 +1117,9 @@ class Monitor:
             self._note_change()
         if protocol.complaint != complaint:
             self._warn(f"skipping what QEMU should not say ({protocol.complaint})")
-        if protocol.read_size == CAREFUL_READ_SIZE:
-            size = max(len(data), LEAST_PARSED)
-            if self._reactor.count_parsed(self, size) > PARSED_BYTES:
-                self._pause()
-
-    def _pause(self) -> None:
-        """Read no more for a while."""
-        self._stop_listening()
-        self._reactor.set_timer(self, PAUSE)
+        is_parsed = protocol.read_size == CAREFUL_READ_SIZE
+        if is_parsed and self._reactor.count_parsed(self, size) > PARSED_BYTES:
+            self._pause(PAUSE)
 
     def _state_to_keep(self) -> object:
         """Return what reading may change of the state, None if nobody keeps that."""
@@ -1139,10 +1179,8 @@ class Monitor:
         if self._socket is not None:
             self._reactor.notifier.discard_connection(self._socket)
             self._stop_listening()
-            # A service manager may keep it open a while longer, or never hear of it.
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
+            self._reactor.paused.discard(self)
+            end_connection(self._socket)
         self._socket = self._protocol = None
 
     def _enter(self, phase: Phase) -> None:
@@ -1421,14 +1459,19 @@ def catch_signals(numbers: list[signal.Signals]) -> int:
     return reader
 
 
-def limit_stalls(seconds: float) -> None:
-    """Have SIGALRM end what the kernel keeps us waiting for so long; 0 for no more.
+@contextlib.contextmanager
+def limited_stalls() -> Iterator[None]:
+    """Have SIGALRM end each wait in the kernel that takes longer than STALL_LIMIT.
 
-    A peer can have it do that: it sends a descriptor, which is closed as it is read, of
-    a TCP connection whose close waits for as long as the peer likes (SO_LINGER of
+    A peer can have it wait: it sends a descriptor, which is closed as it is read, of a
+    TCP connection whose close waits for as long as the peer likes (SO_LINGER of
     socket(7)).
     """
-    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, STALL_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Daemon:
@@ -1480,15 +1523,14 @@ class Daemon:
         self._reactor.selector.register(
             self._signals, selectors.EVENT_READ, self._on_signals
         )
-        limit_stalls(STALL_LIMIT)
-        self._take_over(inheritance)
-        self.rescan()
+        with limited_stalls():
+            self._take_over(inheritance)
+            self.rescan()
+            self._keep_state()
         if self._watch is not None and self._watch.target is None:
             self._log.info(
                 f"waiting for {self._reactor.control_dir}: no such directory yet"
             )
-        self._keep_state()
-        limit_stalls(0)
 
     def _take_over(self, inheritance: Inheritance) -> None:
         """Go on where an earlier daemon ended."""
@@ -1519,7 +1561,7 @@ class Daemon:
         # What nobody knows of would keep QEMU from taking another connection.
         for name, connection in connections.items():
             self._notifier.discard(name)
-            connection.close()
+            end_connection(connection)
 
     def run(self) -> None:
         """Do the work until a signal ends it, or asks for another program."""
@@ -1535,9 +1577,8 @@ class Daemon:
             time.sleep(timeout)  # the selector would make a whole millisecond of it
             timeout = 0
         ready = self._reactor.selector.select(timeout)
-        limit_stalls(STALL_LIMIT)
-        self._serve(ready)
-        limit_stalls(0)
+        with limited_stalls():
+            self._serve(ready)
 
     def _serve(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Serve all that is ready, one read each, then all whose time has come.
@@ -1564,23 +1605,28 @@ class Daemon:
 
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""
-        if self._notifier.is_heard:
-            unkept = self._reactor.unkept
-            unkept[:] = [monitor for monitor in unkept if not monitor.store()]
-            if self._reactor.changed:
-                self._reactor.changed = not self._store_state()
+        if self._notifier.is_heard and self._catch_up() and self._reactor.changed:
+            self._reactor.changed = not self._store_state()
         for monitor in self._reactor.unconsumed:
             monitor.consume()
         self._reactor.unconsumed.clear()
 
-    def _is_behind(self) -> bool:
-        """Tell whether something could not be given to the service manager yet."""
-        to_be_kept = self._reactor.changed or bool(self._reactor.unkept)
-        return to_be_kept and self._notifier.is_heard
+    def _catch_up(self) -> bool:
+        """Give the service manager what it did not take; tell whether it has all."""
+        unkept = self._reactor.unkept
+        while unkept and unkept[-1].store():
+            unkept.pop()
+        return self._notifier.discard_rest() and not unkept
 
     def _store_state(self) -> bool:
         """Replace the older one of the two states that the service manager keeps."""
         self._serial += 1
+        is_kept = self._try_to_store_state()
+        self._serial -= not is_kept
+        return is_kept
+
+    def _try_to_store_state(self) -> bool:
+        """Store the state under its serial number; tell whether that worked."""
         try:
             state = write_state_file(self.export())
         except OSError as error:
@@ -1588,8 +1634,7 @@ class Daemon:
             return False
         self._log.end_trouble(UNKEPT)
         name = f"state-{self._serial % 2}"
-        self._notifier.discard(name)
-        is_kept = self._notifier.store(name, state)
+        is_kept = self._notifier.discard(name) and self._notifier.store(name, state)
         os.close(state)
         return is_kept
 
@@ -1621,7 +1666,7 @@ class Daemon:
         deadline = min(
             self._next_rescan, self._next_sign_of_life, self._reactor.next_timer()
         )
-        if self._is_behind():
+        if self._notifier.is_heard and (self._reactor.changed or self._reactor.unkept):
             deadline = min(deadline, time.monotonic() + KEEPING_RETRY)
         if deadline == NEVER:
             return None

@@ -143,6 +143,33 @@ def unread_connection() -> Iterator[socket.socket]:
         yield connection
 
 
+def test_the_limit_on_stalls_ends_with_what_it_was_for_also_by_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timers: list[tuple[float, ...]] = []
+    monkeypatch.setattr(signal, "setitimer", lambda _, *timer: timers.append(timer))
+    with pytest.raises(ZeroDivisionError), kvmd.limited_stalls():
+        _ = 1 / 0
+    assert timers == [(kvmd.STALL_LIMIT, kvmd.STALL_LIMIT), (0,)]
+
+
+def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    warnings: list[str] = []
+    reactor.log.sinks.append(lambda _level, line: warnings.append(line))
+    monitor = connected(reactor, fake_qemu)
+    fake_qemu.send_descriptor(UNINTERESTING, 0)
+    assert monitor.receive()
+    assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
+    fake_qemu.send(UNINTERESTING)
+    assert not reactor.selector.select(0)
+    assert reactor.next_timer() - time.monotonic() > 5
+    monitor.on_timer()
+    assert reactor.selector.select(0)
+    monitor.finish()
+
+
 def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
     daemon: Daemon, control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
@@ -182,6 +209,38 @@ def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
     monitor.on_timer()
     assert reactor.selector.select(0)
     monitor.finish()
+
+
+def test_a_long_line_counts_as_parsed_from_its_start(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    fake_qemu.send(event_line("RESET", data="x" * 60000))
+    while reactor.selector.select(0):
+        assert monitor.receive()
+    assert reactor.count_parsed(monitor, 0) > 60000
+    monitor.finish()
+
+
+def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    reactor._connection_limit = 1
+    assert not reactor.has_room()
+    monitor._pause(1)
+    assert not reactor.has_room()
+    monitor.finish()
+    assert reactor.has_room()
+
+
+def test_the_last_reads_end_where_the_peer_would_be_left_alone(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    fake_qemu.send(FLOODS["events of interest"] * 500)
+    monitor.finish()
+    assert reactor.count_parsed(monitor, 0) <= kvmd.PARSED_BYTES + 1024
 
 
 def test_what_was_parsed_is_forgotten_after_a_second(

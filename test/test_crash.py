@@ -694,6 +694,55 @@ def test_what_a_service_manager_did_not_take_is_given_to_it_again(
             daemon.stop()
 
 
+def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
+    control_dir: Path,
+) -> None:
+    address = str(control_dir.parent / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        notifier = kvmd.Notifier({"NOTIFY_SOCKET": address})
+        sent = sum(iter(lambda: notifier.send("full"), False))
+        assert not notifier.discard("one")
+        assert not notifier.discard("two")
+        for _ in range(sent):
+            assert manager.recv(4096) == b"full"
+        assert notifier.discard_rest()
+        names = {manager.recv(4096).split(b"FDNAME=")[1] for _ in range(2)}
+    assert names == {b"one", b"two"}
+
+
+def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
+    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    notifier = reactor.notifier
+    monkeypatch.setattr(notifier, "is_heard", True)
+    monkeypatch.setattr(notifier, "send", lambda *_, **__: asked.append(_))
+    pairs = [socket.socketpair() for _ in range(3)]
+    for number, (connection, _) in enumerate(pairs):
+        monitor = kvmd.Monitor(f"guest{number}", ".kvmd", reactor)
+        monitor._begin(connection)
+    assert len(reactor.unkept) == 3
+    kvmd.Daemon(reactor, (".kvmd",), 0, [])._keep_state()
+    assert len(asked) == 1
+    for one, other in pairs:
+        one.close()
+        other.close()
+
+
+def test_an_inherited_connection_of_nobody_is_let_go_whoever_else_has_it_open(
+    reactor: kvmd.Reactor,
+) -> None:
+    ours, theirs = socket.socketpair()
+    inheritance = kvmd.Inheritance.__new__(kvmd.Inheritance)
+    inheritance.connections = {"connection-1": ours}
+    inheritance.state, inheritance.problem = {}, None
+    with ours.dup(), theirs:
+        kvmd.Daemon(reactor, (".kvmd",), 0, [])._take_over(inheritance)
+        theirs.settimeout(SECONDS)
+        assert theirs.recv(1) == b""
+
+
 def test_a_connection_is_let_go_whoever_else_has_it_open(
     reactor: kvmd.Reactor, fake_qemu: FakeQemu
 ) -> None:
