@@ -211,7 +211,7 @@ def test_names_that_are_no_text_are_no_matter(
             stdout=subprocess.PIPE,
         ) as process,
     ):
-        other.bind(b"\0a\nb \xff\n")
+        other.bind(b"\0a\nb \xff%d\n" % os.getpid())
         assert process.stdout and process.stdin
         process.stdout.readline()
         status, lines = check(control_dir, ssconf_dir)
