@@ -784,6 +784,11 @@ class Reactor:
         self._parsed: dict[Monitor, int] = {}
         self._end_of_second = 0.0
 
+    def forget(self, monitor: Monitor) -> None:
+        """Know nothing more of a connection that ends."""
+        self.paused.discard(monitor)
+        self._parsed.pop(monitor, None)
+
     def count_parsed(self, monitor: Monitor, size: int) -> int:
         """Count so many bytes more, and return how many there were in this second."""
         now = time.monotonic()
@@ -1179,7 +1184,7 @@ class Monitor:
         if self._socket is not None:
             self._reactor.notifier.discard_connection(self._socket)
             self._stop_listening()
-            self._reactor.paused.discard(self)
+            self._reactor.forget(self)
             end_connection(self._socket)
         self._socket = self._protocol = None
 

@@ -235,12 +235,30 @@ def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
 
 
 def test_the_last_reads_end_where_the_peer_would_be_left_alone(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = connected(reactor, fake_qemu)
+    counts: list[int] = []
+    count_parsed = reactor.count_parsed
+
+    def count(monitor: kvmd.Monitor, size: int) -> int:
+        counts.append(count_parsed(monitor, size))
+        return counts[-1]
+
+    monkeypatch.setattr(reactor, "count_parsed", count)
+    fake_qemu.send(FLOODS["events of interest"] * 500)
+    monitor.finish()
+    assert kvmd.PARSED_BYTES < counts[-1] <= kvmd.PARSED_BYTES + 1024
+
+
+def test_of_an_ended_connection_nothing_is_kept(
     reactor: kvmd.Reactor, fake_qemu: FakeQemu
 ) -> None:
     monitor = connected(reactor, fake_qemu)
-    fake_qemu.send(FLOODS["events of interest"] * 500)
+    monitor._pause(1)
     monitor.finish()
-    assert reactor.count_parsed(monitor, 0) <= kvmd.PARSED_BYTES + 1024
+    assert not reactor.paused
+    assert reactor.count_parsed(monitor, 0) == 0
 
 
 def test_what_was_parsed_is_forgotten_after_a_second(
