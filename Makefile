@@ -40,7 +40,8 @@ PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in kvmd.py \
 	kvmd_inotify.py man test
 deb: need-packaging ## build the Debian package into dist/
 	rm -rf dist && mkdir -p dist/build/kvmd
-	tar -c --exclude=__pycache__ --exclude=result.json $(PACKAGE_FILES) | tar -x -C dist/build/kvmd
+	tar -c --exclude=__pycache__ --exclude=result.json $(PACKAGE_FILES) | \
+		tar -x -C dist/build/kvmd
 	cd dist/build/kvmd && dpkg-buildpackage --unsigned-source --unsigned-changes
 	mv dist/build/*.* dist && rm -r dist/build
 

@@ -784,6 +784,11 @@ class Reactor:
         self._parsed: dict[Monitor, int] = {}
         self._end_of_second = 0.0
 
+    def unregister(self, file: socket.socket | DirectoryWatch) -> None:
+        """Have the selector wait for a file no more; epoll(7) may have had no room."""
+        if file in self.selector.get_map():
+            self.selector.unregister(file)
+
     def forget(self, monitor: Monitor) -> None:
         """Know nothing more of a connection that ends."""
         self.paused.discard(monitor)
@@ -968,15 +973,10 @@ class Monitor:
         if self._socket is not None:
             self._reactor.selector.register(self._socket, selectors.EVENT_READ, self)
 
-    def _stop_listening(self) -> None:
-        selector = self._reactor.selector
-        # It may be paused, or epoll(7) may have had no room for it.
-        if self._socket is not None and self._socket in selector.get_map():
-            selector.unregister(self._socket)
-
     def _pause(self, seconds: float) -> None:
         """Read no more for a while."""
-        self._stop_listening()
+        if self._socket is not None:
+            self._reactor.unregister(self._socket)
         self._reactor.paused.add(self)
         self._reactor.set_timer(self, seconds)
 
@@ -1183,7 +1183,7 @@ class Monitor:
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._reactor.notifier.discard_connection(self._socket)
-            self._stop_listening()
+            self._reactor.unregister(self._socket)
             self._reactor.forget(self)
             end_connection(self._socket)
         self._socket = self._protocol = None
@@ -1625,25 +1625,21 @@ class Daemon:
 
     def _store_state(self) -> bool:
         """Replace the older one of the two states that the service manager keeps."""
-        self._serial += 1
-        is_kept = self._try_to_store_state()
-        self._serial -= not is_kept
-        return is_kept
-
-    def _try_to_store_state(self) -> bool:
-        """Store the state under its serial number; tell whether that worked."""
+        serial = self._serial + 1
         try:
-            state = write_state_file(self.export())
+            state = write_state_file(self.export(serial))
         except OSError as error:
             self._log.begin_trouble(UNKEPT, f"{error.strerror}; trying again")
             return False
         self._log.end_trouble(UNKEPT)
-        name = f"state-{self._serial % 2}"
+        name = f"state-{serial % 2}"
         is_kept = self._notifier.discard(name) and self._notifier.store(name, state)
         os.close(state)
+        if is_kept:
+            self._serial = serial
         return is_kept
 
-    def export(self, pid_file: int | None = None) -> str:
+    def export(self, serial: int, pid_file: int | None = None) -> str:
         """Return the state for a state file: JSON, put together from the monitors'."""
         records = ", ".join(
             monitor.record()
@@ -1651,7 +1647,7 @@ class Daemon:
             if monitor.has_history()
         )
         return (
-            f'{{"version": {STATE_VERSION}, "serial": {self._serial},'
+            f'{{"version": {STATE_VERSION}, "serial": {serial},'
             f' "pid": {os.getpid()}, "pid_file": {json.dumps(pid_file)},'
             f' "control_dir": {json.dumps(self._reactor.control_dir)},'
             f' "monitors": [{records}]}}'
@@ -1781,8 +1777,7 @@ class Daemon:
     def _lose_watch(self, error: OSError) -> None:
         """Go on without inotify until it works again."""
         if self._watch is not None:
-            if self._watch in self._reactor.selector.get_map():
-                self._reactor.selector.unregister(self._watch)
+            self._reactor.unregister(self._watch)
             self._watch.close()
             self._watch = None
         self._next_rescan = time.monotonic() + POLL_INTERVAL
@@ -1935,7 +1930,7 @@ class Daemon:
         state = None
         try:
             self._log.open()  # as the new program will: better no restart than no log
-            state = write_state_file(self.export(pid_file))
+            state = write_state_file(self.export(self._serial, pid_file))
             for fd in [state, pid_file, *self.descriptors()]:
                 os.set_inheritable(fd, True)
             self._log.info("restarting in place")

@@ -71,3 +71,16 @@ def reactor(control_dir: Path) -> Iterator[kvmd.Reactor]:
     )
     yield reactor
     reactor.selector.close()
+
+
+@pytest.fixture
+def monitor(reactor: kvmd.Reactor, fake_qemu: FakeQemu) -> Iterator[kvmd.Monitor]:
+    """Return a monitor that has negotiated with the fake QEMU."""
+    fake_qemu.listen()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    fake_qemu.negotiate()
+    while not monitor.state.alive:
+        monitor.receive()
+    yield monitor
+    monitor.finish()

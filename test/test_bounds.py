@@ -154,11 +154,10 @@ def test_the_limit_on_stalls_ends_with_what_it_was_for_also_by_an_error(
 
 
 def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, fake_qemu: FakeQemu
 ) -> None:
     warnings: list[str] = []
     reactor.log.sinks.append(lambda _level, line: warnings.append(line))
-    monitor = connected(reactor, fake_qemu)
     fake_qemu.send_descriptor(UNINTERESTING, 0)
     assert monitor.receive()
     assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
@@ -167,7 +166,6 @@ def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
     assert reactor.next_timer() - time.monotonic() > 5
     monitor.on_timer()
     assert reactor.selector.select(0)
-    monitor.finish()
 
 
 def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
@@ -186,21 +184,9 @@ def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
         wait_until(fake_qemu.shutdown_file.exists, "the shutdown file")
 
 
-def connected(reactor: kvmd.Reactor, fake_qemu: FakeQemu) -> kvmd.Monitor:
-    """Return a monitor that has negotiated."""
-    fake_qemu.listen()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    fake_qemu.negotiate()
-    while not monitor.state.alive:
-        monitor.receive()
-    return monitor
-
-
 def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, fake_qemu: FakeQemu
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     fake_qemu.send(FLOODS["events of interest"] * 500)
     while reactor.selector.select(0):
         assert monitor.receive()
@@ -208,24 +194,20 @@ def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
     wait_until(lambda: monitor in reactor.expired(), "its timer", seconds=1)
     monitor.on_timer()
     assert reactor.selector.select(0)
-    monitor.finish()
 
 
 def test_a_long_line_counts_as_parsed_from_its_start(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, fake_qemu: FakeQemu
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     fake_qemu.send(event_line("RESET", data="x" * 60000))
     while reactor.selector.select(0):
         assert monitor.receive()
     assert reactor.count_parsed(monitor, 0) > 60000
-    monitor.finish()
 
 
 def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     reactor._connection_limit = 1
     assert not reactor.has_room()
     monitor._pause(1)
@@ -235,9 +217,11 @@ def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
 
 
 def test_the_last_reads_end_where_the_peer_would_be_left_alone(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd.Reactor,
+    monitor: kvmd.Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     counts: list[int] = []
     count_parsed = reactor.count_parsed
 
@@ -252,9 +236,8 @@ def test_the_last_reads_end_where_the_peer_would_be_left_alone(
 
 
 def test_of_an_ended_connection_nothing_is_kept(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     monitor._pause(1)
     monitor.finish()
     assert not reactor.paused
@@ -262,26 +245,22 @@ def test_of_an_ended_connection_nothing_is_kept(
 
 
 def test_what_was_parsed_is_forgotten_after_a_second(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     assert reactor.count_parsed(monitor, 1) > 1
     later = time.monotonic() + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert reactor.count_parsed(monitor, 1) == 1
-    monitor.finish()
 
 
 def test_a_peer_with_nothing_to_parse_is_never_left_alone(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, fake_qemu: FakeQemu
 ) -> None:
-    monitor = connected(reactor, fake_qemu)
     for _ in range(100):
         fake_qemu.send(UNINTERESTING * 500)
         while reactor.selector.select(0):
             assert monitor.receive()
     assert not monitor.receive()
-    monitor.finish()
 
 
 def test_what_no_line_ends_takes_no_memory_and_costs_no_event(

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -535,6 +535,29 @@ def with_first_monitor(state: dict[str, Any], **members: Any) -> str:
     return json.dumps({**state, "monitors": [{**monitor, **members}, *others]})
 
 
+Falsify = Callable[[dict[str, Any]], str]
+
+
+def start_after(
+    falsify: Falsify, service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    """Start the daemon a second time, with what a function makes of its state."""
+    service.start()
+    negotiate(fake_qemu, systemd)
+    service.end()
+    put_state(systemd, falsify(kept_state(systemd)))
+    service.start()
+
+
+def assert_connects_anew(service: Service, fake_qemu: FakeQemu) -> None:
+    """See that the old connection is let go, and the guest's end heard on a new one."""
+    fake_qemu.wait_until_client_leaves()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
 @pytest.mark.parametrize(
     "falsify",
     [
@@ -551,19 +574,11 @@ def test_with_a_foreign_state_the_daemon_connects_anew(
     service: Service,
     systemd: Systemd,
     fake_qemu: FakeQemu,
-    falsify: Callable[[dict[str, Any]], str],
+    falsify: Falsify,
 ) -> None:
-    service.start()
-    negotiate(fake_qemu, systemd)
-    service.end()
-    put_state(systemd, falsify(kept_state(systemd)))
-    service.start()
+    start_after(falsify, service, systemd, fake_qemu)
     service.wait_for_log(" WARNING the state of an earlier daemon can't be read")
-    fake_qemu.wait_until_client_leaves()
-    fake_qemu.negotiate()
-    fake_qemu.send(USER_SHUTDOWN)
-    service.wait_for_verdict(INSTANCE)
-    assert verdicts(service) == [USER]
+    assert_connects_anew(service, fake_qemu)
 
 
 def test_a_connection_of_which_no_state_tells_is_made_anew(
@@ -579,11 +594,7 @@ def test_a_connection_of_which_no_state_tells_is_made_anew(
     (connection,) = systemd.names
     fake_qemu.accept()
     service.start()
-    fake_qemu.wait_until_client_leaves()
-    fake_qemu.negotiate()
-    fake_qemu.send(USER_SHUTDOWN)
-    service.wait_for_verdict(INSTANCE)
-    assert verdicts(service) == [USER]
+    assert_connects_anew(service, fake_qemu)
     assert connection not in systemd.names
 
 
@@ -654,13 +665,26 @@ def test_a_state_that_cannot_be_written_stops_nothing(
         service.stop()
 
 
+@contextmanager
+def stuck_manager(address: Path) -> Iterator[tuple[socket.socket, kvmd.Notifier]]:
+    """Give a service manager that takes no more messages, and who sends it some."""
+    with ExitStack() as ending:
+        manager = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(address))
+        notifier = kvmd.Notifier({"NOTIFY_SOCKET": str(address)})
+        while notifier.send("full"):
+            # One sender's own buffer may be full before the queue is.
+            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            ending.enter_context(sender)
+            with suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"full", socket.MSG_DONTWAIT, str(address))
+        manager.settimeout(SECONDS)
+        yield manager, notifier
+
+
 def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -> None:
-    address = str(control_dir.parent / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stuck:
-        stuck.bind(address)
-        notifier = kvmd.Notifier({"NOTIFY_SOCKET": address})
-        while notifier.send("WATCHDOG=1"):
-            pass
+    with stuck_manager(control_dir.parent / "notify") as (stuck, notifier):
         start = time.monotonic()
         assert not any(notifier.send("WATCHDOG=1") for _ in range(1000))
         assert time.monotonic() - start < 5  # if each were waited for, it would be 10
@@ -671,20 +695,17 @@ def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -
 def test_what_a_service_manager_did_not_take_is_given_to_it_again(
     control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
-    address = str(control_dir.parent / "notify")
-    environment = {**os.environ, "NOTIFY_SOCKET": address}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(address)
-        notifier = kvmd.Notifier(environment)
-        while notifier.send("full"):
-            pass
+    address = control_dir.parent / "notify"
+    environment = {**os.environ, "NOTIFY_SOCKET": str(address)}
+    with stuck_manager(address) as (manager, _):
         with Daemon(
             control_dir, "--rescan-interval=0", environment=environment
         ) as daemon:
             fake_qemu.listen()
             fake_qemu.negotiate()
             daemon.wait_until_connected(INSTANCE)
-            manager.settimeout(SECONDS)
+            fake_qemu.wait_until_read()
+            status_table(daemon)  # now there is nothing that would wake it up
             wanted = {"connection", "state"}
             while wanted:
                 message, fds, _, _ = socket.recv_fds(manager, 4096, 1)
@@ -697,17 +718,14 @@ def test_what_a_service_manager_did_not_take_is_given_to_it_again(
 def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
     control_dir: Path,
 ) -> None:
-    address = str(control_dir.parent / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(address)
-        notifier = kvmd.Notifier({"NOTIFY_SOCKET": address})
-        sent = sum(iter(lambda: notifier.send("full"), False))
+    with stuck_manager(control_dir.parent / "notify") as (manager, notifier):
         assert not notifier.discard("one")
         assert not notifier.discard("two")
-        for _ in range(sent):
+        while not notifier.discard_rest():
             assert manager.recv(4096) == b"full"
-        assert notifier.discard_rest()
-        names = {manager.recv(4096).split(b"FDNAME=")[1] for _ in range(2)}
+        names = set()
+        while len(names) < 2:
+            names.update(manager.recv(4096).split(b"FDNAME=")[1:])
     assert names == {b"one", b"two"}
 
 
@@ -770,18 +788,10 @@ def test_started_with_other_options_it_lets_the_connections_go(
     service: Service,
     systemd: Systemd,
     fake_qemu: FakeQemu,
-    falsify: Callable[[dict[str, Any]], str],
+    falsify: Falsify,
 ) -> None:
-    service.start()
-    negotiate(fake_qemu, systemd)
-    service.end()
-    put_state(systemd, falsify(kept_state(systemd)))
-    service.start()
-    fake_qemu.wait_until_client_leaves()
-    fake_qemu.negotiate()
-    fake_qemu.send(USER_SHUTDOWN)
-    service.wait_for_verdict(INSTANCE)
-    assert verdicts(service) == [USER]
+    start_after(falsify, service, systemd, fake_qemu)
+    assert_connects_anew(service, fake_qemu)
     assert " taking over " not in service.log
 
 

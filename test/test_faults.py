@@ -528,24 +528,16 @@ def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
 
 
 def test_the_last_ruling_of_one_read_stands_for_all(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    monitor: kvmd.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes: list[str] = []
     for function in (kvmd.create_shutdown_file, kvmd.remove_shutdown_file):
         name = function.__name__
         monkeypatch.setattr(kvmd, name, lambda *_, name=name: outcomes.append(name))
-    fake_qemu.listen()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    fake_qemu.negotiate()
-    while not monitor.state.alive:
-        monitor.receive()
-    outcomes.clear()
     shutdown = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
     fake_qemu.send((shutdown + event_line("RESET")) * 10 + shutdown)
     monitor.receive()
     assert outcomes == ["create_shutdown_file"]
-    monitor.finish()
 
 
 def test_a_monitor_that_is_finished_waits_for_nothing(

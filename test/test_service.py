@@ -818,12 +818,6 @@ def test_a_starter_that_is_killed_is_no_matter(node: Node) -> None:
     node.stop()
 
 
-# Every session that setsid(2) made has an autogroup, see sched(7), if the kernel knows
-# of them. What init starts without setsid(2) has none: its file is empty.
-AUTOGROUPS = Path("/proc/self/autogroup").exists()
-FAVOURED = (kvmd.NICENESS, str(kvmd.NICENESS) if AUTOGROUPS else "")
-
-
 def test_a_limit_of_files_that_cannot_be_raised_is_lived_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -833,6 +827,12 @@ def test_a_limit_of_files_that_cannot_be_raised_is_lived_with(
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(resource, "setrlimit", refuse)
     assert kvmd.raise_descriptor_limit() == soft
+
+
+# Every session that setsid(2) made has an autogroup, see sched(7), if the kernel knows
+# of them. What init starts without setsid(2) has none: its file is empty.
+AUTOGROUPS = Path("/proc/self/autogroup").exists()
+FAVOURED = (kvmd.NICENESS, str(kvmd.NICENESS) if AUTOGROUPS else "")
 
 
 def niceness(pid: int) -> tuple[int, str]:
