@@ -268,7 +268,7 @@ def test_an_end_without_a_greeting_gives_no_verdict(
     fake_qemu.exit()
     wait_until(lambda: not status_table(daemon), "the instance is gone")
     assert fake_qemu.shutdown_file.exists()
-    assert " verdict=" not in daemon.log
+    assert ": verdict=" not in daemon.log
 
 
 def test_events_before_the_greeting_give_no_verdict(
@@ -279,7 +279,7 @@ def test_events_before_the_greeting_give_no_verdict(
     fake_qemu.send(event_line("SHUTDOWN", guest=True, reason="guest-shutdown"))
     fake_qemu.exit()
     wait_until(lambda: not status_table(daemon), "the instance is gone")
-    assert " verdict=" not in daemon.log
+    assert ": verdict=" not in daemon.log
 
 
 def test_a_socket_is_not_connected_to_again_after_a_shutdown(

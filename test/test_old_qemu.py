@@ -139,7 +139,7 @@ def test_the_word_alone_is_no_shutdown(
     connected.send(line.encode() + b"\r\n")
     connected.event("SHUTDOWN", guest=False, reason="host-signal")
     assert " verdict=not-user cause=host-signal " in daemon.wait_for_verdict(INSTANCE)
-    assert daemon.log.count(" verdict=") == 1
+    assert daemon.log.count(": verdict=") == 1
 
 
 def test_the_negotiation_does_not_wait_for_the_greeting(

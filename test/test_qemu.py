@@ -92,7 +92,7 @@ def test_a_reset_inside_is_no_end(daemon: Daemon, start_qemu: StartQemu) -> None
     qemu.reboot_guest()
     daemon.wait_for_log(r'"event": "RESET"')
     assert is_connected(daemon)
-    assert "verdict=" not in daemon.log
+    assert ": verdict=" not in daemon.log
     assert not qemu.shutdown_file.exists()
 
 

@@ -1078,7 +1078,7 @@ def test_what_was_said_of_a_guest_that_is_down_stands_after_a_restart(
     fake_qemu.exit()
     wait_until(lambda: not status_table(daemon), "the instance is gone")
     assert fake_qemu.shutdown_file.exists() == present
-    assert " verdict=" not in daemon.log
+    assert ": verdict=" not in daemon.log
 
 
 # ---- The service manager -------------------------------------------------------------
