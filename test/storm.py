@@ -303,7 +303,8 @@ class Storm:
         """See to it that there are a directory and guests in it."""
         if self.parts[0].is_symlink() and not self.parts[0].exists():
             self.parts[0].unlink()
-        self.control_dir.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # what is mounted on the path may have been removed
+            self.control_dir.mkdir(parents=True, exist_ok=True)
         for _ in range(self.chance.randint(1, 3)):
             with suppress(OSError):
                 self.start_guest()
@@ -350,7 +351,6 @@ class Storm:
             if path.is_dir() and not path.is_symlink():
                 self.erase(path)
         self.make_all()
-
 
     def mount_points(self) -> list[str]:
         """Return what is mounted below the node's directory, the newest first."""
