@@ -691,11 +691,11 @@ PATIENCE = 10.0
 SETTLING_TIME = 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
-#: Bytes of one connection that may be parsed within a second before it is left alone
-#: for PAUSE seconds; a read counts as LEAST_PARSED at least. QEMU says less of interest
-#: in a guest's whole life.
-PARSED_BYTES = 32768
-LEAST_PARSED = 256
+#: Pieces of one connection that may be parsed within a second before it is left alone
+#: for PAUSE seconds; a read has one, and one more for each PIECE_SIZE bytes. QEMU says
+#: less of interest in a guest's whole life.
+PARSED_PIECES = 128
+PIECE_SIZE = 256
 PAUSE = 0.1
 #: Seconds for which a peer is left alone that sends descriptors (`limited_stalls`).
 HOSTILE_PAUSE = 10.0
@@ -780,8 +780,6 @@ class Reactor:
         self._sequence = itertools.count()
         #: Monitors whose connection is left alone for a while.
         self.paused: set[Monitor] = set()
-        #: Monitor -> bytes that were parsed, in the second that ends then.
-        self._parsed: dict[Monitor, int] = {}
         self._end_of_second = 0.0
 
     def unregister(self, file: socket.socket | DirectoryWatch) -> None:
@@ -789,19 +787,12 @@ class Reactor:
         if file in self.selector.get_map():
             self.selector.unregister(file)
 
-    def forget(self, monitor: Monitor) -> None:
-        """Know nothing more of a connection that ends."""
-        self.paused.discard(monitor)
-        self._parsed.pop(monitor, None)
-
-    def count_parsed(self, monitor: Monitor, size: int) -> int:
-        """Count so many bytes more, and return how many there were in this second."""
+    def this_second(self) -> float:
+        """Return when the second ends for which is counted what monitors parse."""
         now = time.monotonic()
         if now >= self._end_of_second:
-            self._parsed.clear()
             self._end_of_second = now + 1
-        count = self._parsed[monitor] = self._parsed.get(monitor, 0) + size
-        return count
+        return self._end_of_second
 
     def set_timer(self, monitor: Monitor, seconds: float) -> None:
         """Have the monitor's `on_timer` called in so many seconds."""
@@ -850,9 +841,11 @@ class Monitor:
 
     __slots__ = (
         "_delay",
+        "_parsed",
         "_protocol",
         "_reactor",
         "_record",
+        "_second",
         "_socket",
         "_unconsumed",
         "_unwritten",
@@ -881,6 +874,9 @@ class Monitor:
         self._socket: socket.socket | None = None
         self._protocol: Protocol | None = None
         self._version: str | None = None
+        #: Pieces that were parsed in the second that ends then (`this_second`).
+        self._parsed = 0
+        self._second = 0.0
         #: What was looked at last, and is not taken out of the socket yet.
         self._unconsumed = b""
         #: The ruling whose file could not be written yet, and its event's time.
@@ -1109,7 +1105,7 @@ class Monitor:
             for line in data.splitlines():
                 self._debug(f"<-- {line!r}")
         complaint = protocol.complaint
-        size = max(protocol.pending + len(data), LEAST_PARSED)
+        size = protocol.pending + len(data)
         before = self._state_to_keep()
         # The last ruling of one read stands for all: a peer that has its guest go down
         # and come back all the time is to flood the directory's watch with no events.
@@ -1122,8 +1118,16 @@ class Monitor:
             self._note_change()
         if protocol.complaint != complaint:
             self._warn(f"skipping what QEMU should not say ({protocol.complaint})")
-        is_parsed = protocol.read_size == CAREFUL_READ_SIZE
-        if is_parsed and self._reactor.count_parsed(self, size) > PARSED_BYTES:
+        if protocol.read_size == CAREFUL_READ_SIZE:
+            self._count_parsed(size)
+
+    def _count_parsed(self, size: int) -> None:
+        """Read no more for a while if too much had to be parsed in this second."""
+        second = self._reactor.this_second()
+        if second != self._second:
+            self._second, self._parsed = second, 0
+        self._parsed += 1 + size // PIECE_SIZE
+        if self._parsed > PARSED_PIECES:
             self._pause(PAUSE)
 
     def _state_to_keep(self) -> object:
@@ -1184,7 +1188,7 @@ class Monitor:
         if self._socket is not None:
             self._reactor.notifier.discard_connection(self._socket)
             self._reactor.unregister(self._socket)
-            self._reactor.forget(self)
+            self._reactor.paused.discard(self)
             end_connection(self._socket)
         self._socket = self._protocol = None
 

@@ -202,7 +202,7 @@ def test_a_long_line_counts_as_parsed_from_its_start(
     fake_qemu.send(event_line("RESET", data="x" * 60000))
     while reactor.selector.select(0):
         assert monitor.receive()
-    assert reactor.count_parsed(monitor, 0) > 60000
+    assert monitor._parsed > 60000 // kvmd.PIECE_SIZE
 
 
 def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
@@ -216,23 +216,18 @@ def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
     assert reactor.has_room()
 
 
+def stop_the_clock(monkeypatch: pytest.MonkeyPatch, seconds_ahead: float = 0) -> None:
+    now = time.monotonic() + seconds_ahead
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+
 def test_the_last_reads_end_where_the_peer_would_be_left_alone(
-    reactor: kvmd.Reactor,
-    monitor: kvmd.Monitor,
-    fake_qemu: FakeQemu,
-    monkeypatch: pytest.MonkeyPatch,
+    monitor: kvmd.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[int] = []
-    count_parsed = reactor.count_parsed
-
-    def count(monitor: kvmd.Monitor, size: int) -> int:
-        counts.append(count_parsed(monitor, size))
-        return counts[-1]
-
-    monkeypatch.setattr(reactor, "count_parsed", count)
     fake_qemu.send(FLOODS["events of interest"] * 500)
+    stop_the_clock(monkeypatch)
     monitor.finish()
-    assert kvmd.PARSED_BYTES < counts[-1] <= kvmd.PARSED_BYTES + 1024
+    assert kvmd.PARSED_PIECES < monitor._parsed <= kvmd.PARSED_PIECES + 5
 
 
 def test_of_an_ended_connection_nothing_is_kept(
@@ -241,16 +236,15 @@ def test_of_an_ended_connection_nothing_is_kept(
     monitor._pause(1)
     monitor.finish()
     assert not reactor.paused
-    assert reactor.count_parsed(monitor, 0) == 0
 
 
 def test_what_was_parsed_is_forgotten_after_a_second(
-    reactor: kvmd.Reactor, monitor: kvmd.Monitor, monkeypatch: pytest.MonkeyPatch
+    monitor: kvmd.Monitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert reactor.count_parsed(monitor, 1) > 1
-    later = time.monotonic() + 1
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert reactor.count_parsed(monitor, 1) == 1
+    monitor._count_parsed(10 * kvmd.PIECE_SIZE)
+    stop_the_clock(monkeypatch, seconds_ahead=1)
+    monitor._count_parsed(0)
+    assert monitor._parsed == 1
 
 
 def test_a_peer_with_nothing_to_parse_is_never_left_alone(
