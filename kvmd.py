@@ -541,6 +541,8 @@ class Notifier:
 
     #: Microseconds that a service manager may take for a message.
     SEND_TIMEOUT = 10000
+    #: Seconds for which one that takes no messages is waited for, each time.
+    PATIENCE = 1.0
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -564,7 +566,8 @@ class Notifier:
                 socket.SO_SNDTIMEO,
                 struct.pack("ll", 0, self.SEND_TIMEOUT),
             )
-        self._flags = 0
+        #: When the patience with it ends, 0.0 while it takes messages.
+        self._end_of_patience = 0.0
         #: What is to be kept no longer, and was not taken yet.
         self._discarded: list[str] = []
 
@@ -579,13 +582,23 @@ class Notifier:
         # Not socket.send_fds: that drops the address.
         packed = struct.pack(f"{len(fds)}i", *fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
+        may_wait = self._end_of_patience == 0 or self.is_awaited()
+        flags = 0 if may_wait else socket.MSG_DONTWAIT
+        is_taken = True
         try:
-            self._socket.sendmsg(message, rights, self._flags, self._address)
-        except OSError:
-            self._flags = socket.MSG_DONTWAIT  # gone or stuck: wait once, not each time
+            self._socket.sendmsg(message, rights, flags, self._address)
+        except BlockingIOError:
+            if self._end_of_patience == 0:
+                self._end_of_patience = time.monotonic() + self.PATIENCE
             return False
-        self._flags = 0
-        return True
+        except OSError:  # there is nobody to wait for
+            is_taken = False
+        self._end_of_patience = 0.0
+        return is_taken
+
+    def is_awaited(self) -> bool:
+        """Tell whether it takes no messages, but may do so in a moment."""
+        return time.monotonic() < self._end_of_patience
 
     def send_status(self, status: str) -> None:
         """Send what `systemctl status` is to show, if it has changed."""
@@ -754,7 +767,8 @@ class Reactor:
     Where a service manager keeps the state against a crash, what is read of a
     connection is only looked at (MSG_PEEK) until the state that follows from it is
     kept: a daemon that is killed before leaves it to be read again. The state holds it
-    as well, so that it is not read again if the daemon is killed right afterwards.
+    as well, so that it is not read again if the daemon is killed right afterwards. What
+    a service manager has not taken when it was waited for long enough is not kept.
     """
 
     def __init__(
@@ -766,7 +780,7 @@ class Reactor:
         self.selector = selectors.DefaultSelector()
         self.receive_flags = socket.MSG_PEEK if notifier.is_heard else 0
         #: Monitors that have looked at something without taking it out.
-        self.unconsumed: list[Monitor] = []
+        self.unconsumed: set[Monitor] = set()
         #: Monitors whose new connection is not kept yet.
         self.unkept: list[Monitor] = []
         #: Some monitor's state is not what was kept last.
@@ -877,7 +891,7 @@ class Monitor:
         #: Pieces that were parsed in the second that ends then (`this_second`).
         self._parsed = 0
         self._second = 0.0
-        #: What was looked at last, and is not taken out of the socket yet.
+        #: What was looked at, and is not taken out of the socket yet.
         self._unconsumed = b""
         #: The ruling whose file could not be written yet, and its event's time.
         self._unwritten: tuple[Ruling, float | None] | None = None
@@ -1084,19 +1098,26 @@ class Monitor:
 
         At the end it gives b"".
         """
-        flags = 0
+        flags, known = 0, len(self._unconsumed)
+        if known + size > LINE_LIMIT:
+            return None  # no more until some of that is taken out
         try:
-            data, _, flags, _ = connection.recvmsg(size, 0, self._reactor.receive_flags)
+            data, _, flags, _ = connection.recvmsg(
+                known + size, 0, self._reactor.receive_flags
+            )
         except BlockingIOError:
             return None
         except OSError:
             data = b""  # what had arrived before the error was read before
         if self._reactor.receive_flags:
+            data = data[known:]
+            if known and not data:
+                return None
             # A line that goes on is left to the kernel.
             data = data[: data.rfind(b"\n") + 1] or data
-            self._unconsumed = data
+            self._unconsumed += data
             self._record = None
-            self._reactor.unconsumed.append(self)
+            self._reactor.unconsumed.add(self)
         return data, flags
 
     def _hear(self, data: bytes, protocol: Protocol) -> None:
@@ -1191,6 +1212,7 @@ class Monitor:
             self._reactor.paused.discard(self)
             end_connection(self._socket)
         self._socket = self._protocol = None
+        self._unconsumed = b""
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
@@ -1322,8 +1344,9 @@ class Monitor:
             looked_at = self._socket and self._socket.recv(count, socket.MSG_PEEK)
         except OSError:
             looked_at = None
-        if looked_at == self._unconsumed:
-            self.consume()
+        if looked_at != self._unconsumed:
+            self._unconsumed = b""
+        self.consume()
 
     def describe(self) -> str:
         """Return the monitor's line of the status table."""
@@ -1616,6 +1639,8 @@ class Daemon:
         """Have the service manager keep the state; then take out what was read."""
         if self._notifier.is_heard and self._catch_up() and self._reactor.changed:
             self._reactor.changed = not self._store_state()
+        if self._reactor.changed and self._notifier.is_awaited():
+            return
         for monitor in self._reactor.unconsumed:
             monitor.consume()
         self._reactor.unconsumed.clear()

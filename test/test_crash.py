@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -683,13 +684,121 @@ def stuck_manager(address: Path) -> Iterator[tuple[socket.socket, kvmd.Notifier]
         yield manager, notifier
 
 
-def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -> None:
+def test_a_service_manager_that_is_stuck_is_waited_for_no_longer_than_a_second(
+    control_dir: Path,
+) -> None:
     with stuck_manager(control_dir.parent / "notify") as (stuck, notifier):
         start = time.monotonic()
         assert not any(notifier.send("WATCHDOG=1") for _ in range(1000))
         assert time.monotonic() - start < 5  # if each were waited for, it would be 10
         stuck.recv(4096)
         assert notifier.send("WATCHDOG=1")
+
+
+def take_all(manager: socket.socket) -> None:
+    """Take what a service manager was sent."""
+    while select.select([manager], [], [], 0)[0]:
+        manager.recv(4096)
+
+
+@contextmanager
+def monitor_of_stuck_manager(
+    fake_qemu: FakeQemu, log: kvmd.Log
+) -> Iterator[tuple[socket.socket, kvmd.Reactor, kvmd.Monitor]]:
+    """Give a manager that takes no more messages, and what it has kept all of so far.
+
+    In the monitor the guest runs.
+    """
+    control_dir = fake_qemu.path.parent
+    with stuck_manager(control_dir.parent / "notify") as (manager, notifier):
+        reactor = kvmd.Reactor(str(control_dir), log, notifier, descriptor_limit=100)
+        daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
+        fake_qemu.listen()
+        daemon._start(INSTANCE, ".kvmd")
+        monitor = daemon._monitors[INSTANCE]
+        fake_qemu.negotiate()
+        while not monitor.state.alive or reactor.changed:
+            monitor.receive()
+            take_all(manager)
+            reactor.keep_state()
+        while notifier.send("full"):
+            pass
+        yield manager, reactor, monitor
+        monitor.close()
+        reactor.selector.close()
+
+
+def test_what_was_read_stays_in_the_socket_while_a_service_manager_is_awaited(
+    fake_qemu: FakeQemu, silent_log: kvmd.Log
+) -> None:
+    with monitor_of_stuck_manager(fake_qemu, silent_log) as (manager, reactor, monitor):
+        fake_qemu.send(POWERDOWN)
+        monitor.receive()
+        reactor.keep_state()
+        assert not fake_qemu.all_is_read()
+        fake_qemu.send(USER_SHUTDOWN)
+        monitor.receive()
+        assert monitor.state.ruling, "what came next was read all the same"
+        assert not monitor.receive(), "nothing is read twice"
+        reactor.keep_state()
+        assert not fake_qemu.all_is_read()
+        take_all(manager)
+        reactor.keep_state()
+        assert fake_qemu.all_is_read()
+        fake_qemu.exit()
+        assert not monitor.receive()
+        assert monitor.phase is kvmd.Phase.GONE
+
+
+def test_what_was_looked_at_on_one_connection_hides_nothing_on_the_next(
+    fake_qemu: FakeQemu, silent_log: kvmd.Log
+) -> None:
+    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
+        fake_qemu.send(POWERDOWN)
+        monitor.receive()
+        reactor.keep_state()
+        monitor.abandon()
+        fake_qemu.disconnect()
+        monitor.connect()
+        fake_qemu.negotiate()
+        assert monitor.receive()
+        assert monitor.phase is kvmd.Phase.CONNECTED
+
+
+def test_a_service_manager_that_is_stuck_for_long_holds_nothing_back(
+    fake_qemu: FakeQemu, silent_log: kvmd.Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
+        fake_qemu.send(POWERDOWN)
+        monitor.receive()
+        later = time.monotonic() + kvmd.Notifier.PATIENCE
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        reactor.keep_state()
+        assert reactor.changed
+        assert fake_qemu.all_is_read()
+
+
+def test_a_service_manager_that_is_gone_holds_nothing_back(
+    fake_qemu: FakeQemu, silent_log: kvmd.Log
+) -> None:
+    with monitor_of_stuck_manager(fake_qemu, silent_log) as (manager, reactor, monitor):
+        fake_qemu.send(POWERDOWN)
+        monitor.receive()
+        manager.close()
+        reactor.keep_state()
+        assert fake_qemu.all_is_read()
+
+
+def test_no_more_is_looked_at_than_may_be_kept_of_a_connection(
+    fake_qemu: FakeQemu, silent_log: kvmd.Log
+) -> None:
+    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
+        fake_qemu.send(POWERDOWN)
+        monitor.receive()
+        fake_qemu.send(event_line("NICE") * 1500)
+        while monitor.receive():
+            reactor.keep_state()
+        assert len(monitor._unconsumed) <= kvmd.LINE_LIMIT
 
 
 def test_what_a_service_manager_did_not_take_is_given_to_it_again(
