@@ -330,6 +330,9 @@ class Protocol:
             lines = lines[lines.find(b"\n") + 1 :]
             self._overlong = False
         self._keep(data[end:])
+        # A glance is all that goes to what can't be of interest: one warning is due.
+        odd = lines[:1] != b"{" or len(lines) > LINE_LIMIT
+        listening = listening and not (odd and self.complaint is None)
         if listening and not EVENT_OF_INTEREST.search(lines):
             self.read_size = READ_SIZE
             return []
@@ -602,9 +605,8 @@ class Notifier:
 
     def send_status(self, status: str) -> None:
         """Send what `systemctl status` is to show, if it has changed."""
-        if status != self._status:
+        if status != self._status and self.send(f"STATUS={status}"):
             self._status = status
-            self.send(f"STATUS={status}")
 
     def store(self, name: str, fd: int) -> bool:
         """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
@@ -630,17 +632,15 @@ class Notifier:
         """Have a connection kept; tell whether that worked."""
         return self.store(connection_name(connection), connection.fileno())
 
-    def discard_connection(self, connection: socket.socket) -> None:
-        """Have a connection kept no longer."""
+    def end_connection(self, connection: socket.socket) -> None:
+        """Close a connection, also where it is kept."""
         if self.is_heard:
             self.discard(connection_name(connection))
-
-
-def end_connection(connection: socket.socket) -> None:
-    """Close a connection, which a service manager may have open a while longer."""
-    with contextlib.suppress(OSError):  # the peer has closed it already
-        connection.shutdown(socket.SHUT_RDWR)
-    connection.close()
+            # The service manager may have it open a while longer. Where there is none,
+            # it may be a socket of the starter's, who goes on using it.
+            with contextlib.suppress(OSError):  # the peer has closed it already
+                connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
 
 
 def connection_name(connection: socket.socket) -> str:
@@ -941,6 +941,8 @@ class Monitor:
             self.identity = identity
             self.state = GuestState()
             self._unwritten = None
+            self._delay = LISTEN_DELAY
+            self._enter(Phase.CONNECTING)
         if not self._reactor.has_room():
             self._wait_for_descriptor()
             return
@@ -961,6 +963,7 @@ class Monitor:
 
     def _begin(self, connection: socket.socket) -> None:
         """Negotiate at once on a new connection: events before that are lost."""
+        self.state.alive = False
         try:
             connection.send(COMMANDS)
         except OSError:
@@ -968,8 +971,9 @@ class Monitor:
         self._adopt(connection, Protocol())
         if self._reactor.notifier.is_heard:
             self._reactor.unkept.append(self)
-        self._enter(Phase.AWAITING_GREETING)
-        self._reactor.expect_greeting(self)
+        if self.phase is not Phase.SILENT:  # else its backlog was full, which was told
+            self._enter(Phase.AWAITING_GREETING)
+            self._reactor.expect_greeting(self)
 
     def _adopt(self, connection: socket.socket, protocol: Protocol) -> None:
         # A byte out of band (unix(7)) would be passed over by a look at what there is,
@@ -1041,8 +1045,7 @@ class Monitor:
         if self in self._reactor.paused:
             self._reactor.paused.remove(self)
             self._listen()
-        if self._unwritten is not None:
-            self._write_file()
+        self._write_file()
 
     def _warn_of_silence(self) -> None:
         self.phase = Phase.SILENT
@@ -1207,10 +1210,9 @@ class Monitor:
 
     def _disconnect(self) -> None:
         if self._socket is not None:
-            self._reactor.notifier.discard_connection(self._socket)
             self._reactor.unregister(self._socket)
             self._reactor.paused.discard(self)
-            end_connection(self._socket)
+            self._reactor.notifier.end_connection(self._socket)
         self._socket = self._protocol = None
         self._unconsumed = b""
 
@@ -1591,9 +1593,8 @@ class Daemon:
         elif self._monitors:
             self._log.info(f"taking over instances: {len(self._monitors)}")
         # What nobody knows of would keep QEMU from taking another connection.
-        for name, connection in connections.items():
-            self._notifier.discard(name)
-            end_connection(connection)
+        for connection in connections.values():
+            self._notifier.end_connection(connection)
 
     def run(self) -> None:
         """Do the work until a signal ends it, or asks for another program."""
@@ -1847,9 +1848,7 @@ class Daemon:
             return
         # The event may be an old one, of a socket before the one now monitored.
         if socket_identity(monitor.path) != monitor.identity:
-            monitor.on_removed()
-            if monitor.is_idle():
-                self._forget(monitor)
+            self._attend(monitor, Monitor.on_removed)
 
     def _report(self, facts: list[tuple[Fact, str]]) -> bool:
         """Log what happened to the directory; tell whether to look at all of it."""
@@ -1895,12 +1894,7 @@ class Daemon:
             names = os.listdir(self._reactor.control_dir)
         except FileNotFoundError:
             return set()
-        return {
-            name[: -len(suffix)]
-            for suffix in self._suffixes
-            for name in names
-            if name.endswith(suffix) and name != suffix
-        }
+        return set(filter(None, map(self._instance_of, names)))
 
     # Signals.
 
@@ -1996,10 +1990,11 @@ class Daemon:
 
     def log_status(self) -> None:
         """Log the daemon's status, and a line for each instance."""
+        control_dir = self._reactor.control_dir
         self._log.info(
             f"status: version {VERSION}, up {time.monotonic() - self._started:.0f} s,"
-            f" {'watching' if self._watch and self._watch.target else 'waiting for'}"
-            f" {self._reactor.control_dir}, {len(self._monitors)} instances"
+            f" {'watching' if os.path.isdir(control_dir) else 'waiting for'}"
+            f" {control_dir}, {len(self._monitors)} instances"
         )
         for _, monitor in sorted(self._monitors.items()):
             self._log.info(f"status: {monitor.describe()}")
@@ -2307,9 +2302,10 @@ class PidFile:
             return False
 
     def remove(self) -> None:
-        """Remove the file, unless another one stands there. Raises OSError."""
-        if self._is_at_path(self.fd):
-            os.unlink(self.path)
+        """Remove the file, unless another one stands there, or it can't be removed."""
+        with contextlib.suppress(OSError):  # only the lock counts
+            if self._is_at_path(self.fd):
+                os.unlink(self.path)
 
 
 def sanitize_process() -> None:
@@ -2496,6 +2492,7 @@ def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
 
     From /proc/net/unix, which has a line for the listener and for every connection.
     """
+    here = os.stat(control_dir)
     sockets: dict[str, list[tuple[int, int, int]]] = {}
     with open("/proc/net/unix", "rb") as table:
         lines = os.fsdecode(table.read()).split("\n")
@@ -2503,10 +2500,11 @@ def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
         try:
             _, _, _, flags, _, state, inode, path = line.split(None, 7)
             entry = (int(flags, 16), int(state, 16), int(inode))
-        except ValueError:
-            continue  # without a path, or with one that holds the end of a line
-        directory, name = os.path.split(path)
-        if name and os.path.realpath(directory) == os.path.realpath(control_dir):
+            directory, name = os.path.split(path)
+            is_here = os.path.samestat(os.stat(directory), here)
+        except (ValueError, OSError):
+            continue  # it has no path, or one that leads nowhere
+        if is_here:
             sockets.setdefault(name, []).append(entry)
     return sockets
 

@@ -24,7 +24,6 @@ IN_CREATE = 0x00000100
 IN_DELETE = 0x00000200
 IN_DELETE_SELF = 0x00000400
 IN_MOVE_SELF = 0x00000800
-IN_UNMOUNT = 0x00002000
 IN_Q_OVERFLOW = 0x00004000
 IN_IGNORED = 0x00008000
 IN_ONLYDIR = 0x01000000
@@ -216,7 +215,11 @@ class DirectoryWatch:
         target = None
         below: dict[int, str] = {}
         permitted = True
-        directory, name = os.path.realpath(self.path), ""
+        directory, name = self.path, ""
+        try:
+            directory = os.path.realpath(self.path)
+        except OSError:
+            permitted = False  # a symlink has gone away while it was read
         mask = TARGET
         while True:
             try:

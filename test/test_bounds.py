@@ -375,6 +375,8 @@ def test_without_inotify_it_looks_every_second_and_goes_back(
         fake_qemu.listen()
         fake_qemu.negotiate()
         daemon.wait_until_connected(INSTANCE)
+        assert status_table(daemon)
+        assert f"watching {control_dir}, 1 instances" in daemon.log
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         assert " verdict=user " in daemon.wait_for_verdict(INSTANCE)
         run_beside(daemon, limit(what, 1000))

@@ -220,6 +220,24 @@ def test_names_that_are_no_text_are_no_matter(
     assert f"ganeti-kvmd, pid {daemon.pid}" in line_about(f"{INSTANCE}.kvmd", lines)
 
 
+def test_a_path_that_leads_nowhere_any_more_is_no_matter(
+    daemon: Daemon, fake_qemu: FakeQemu, control_dir: Path, ssconf_dir: Path
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.negotiate()
+    daemon.wait_until_connected(INSTANCE)
+    with (
+        socket.socket(socket.AF_UNIX) as other,
+        subprocess.Popen(["sleep", "60"]) as zombie,
+    ):
+        other.bind(f"/proc/{zombie.pid}/root{control_dir.parent}/other")
+        zombie.kill()
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        status, lines = check(control_dir, ssconf_dir)
+    assert status == 0
+    assert f"ganeti-kvmd, pid {daemon.pid}" in line_about(f"{INSTANCE}.kvmd", lines)
+
+
 def test_of_ganetis_own_daemon_no_status_is_asked_for(
     fake_qemu: FakeQemu,
     control_dir: Path,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import kvmd
 import pytest
 from daemon import INSTANCE, Daemon
 from deadline import wait_until
@@ -126,6 +127,9 @@ def test_a_full_backlog_is_told_of_once_and_waited_for(
             fake_qemu.accept()
             fake_qemu.disconnect()
             client.close()
+        fake_qemu.accept()
+        wait_for_status(daemon, SOCKET, "not greeted since")
+        fake_qemu.disconnect()
         fake_qemu.negotiate()
         power_off(daemon, fake_qemu)
         assert daemon.log.count(" WARNING ") == 1
@@ -192,6 +196,42 @@ def test_dead_sockets_of_crashed_guests_leave_room_for_their_next_start(
     fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
     assert " verdict=user " in daemon.wait_for_verdict(INSTANCE, times=2)
     assert " WARNING " not in daemon.log
+
+
+def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.crash()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    monitor.connect()
+    with monkeypatch.context() as impatience:
+        impatience.setattr(kvmd, "PATIENCE", 0)
+        monitor.connect()
+    assert monitor.phase is kvmd.Phase.DEAD
+    fake_qemu.bind()
+    monitor.connect()  # as a rescan does
+    assert monitor.phase is kvmd.Phase.CONNECTING
+    assert reactor.next_timer() <= time.monotonic() + kvmd.LISTEN_DELAY
+
+
+@pytest.mark.parametrize("way", ["abandoned", "restored"])
+def test_a_guest_is_not_alive_in_a_connection_for_having_been_in_an_earlier_one(
+    reactor: kvmd.Reactor, monitor: kvmd.Monitor, fake_qemu: FakeQemu, way: str
+) -> None:
+    record = monitor.export()
+    monitor.abandon()
+    fake_qemu.disconnect()
+    if way == "restored":
+        monitor = kvmd.Monitor.restore(record, None, reactor)
+    fake_qemu.shutdown_file.touch()
+    monitor.connect()
+    fake_qemu.accept()
+    fake_qemu.disconnect()
+    while monitor.receive():
+        pass
+    assert fake_qemu.shutdown_file.exists(), "no verdict without a greeting"
 
 
 def test_a_thousand_dead_sockets_delay_no_live_one(

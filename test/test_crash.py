@@ -824,6 +824,13 @@ def test_what_a_service_manager_did_not_take_is_given_to_it_again(
             daemon.stop()
 
 
+def let_a_service_manager_take_all(
+    notifier: kvmd.Notifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "is_heard", True)
+    monkeypatch.setattr(notifier, "send", lambda *_, **__: True)
+
+
 def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
     control_dir: Path,
 ) -> None:
@@ -836,6 +843,18 @@ def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
         while len(names) < 2:
             names.update(manager.recv(4096).split(b"FDNAME=")[1:])
     assert names == {b"one", b"two"}
+
+
+def test_a_status_that_a_service_manager_did_not_take_is_sent_again(
+    control_dir: Path,
+) -> None:
+    with stuck_manager(control_dir.parent / "notify") as (manager, notifier):
+        notifier.send_status("instances watched: 1")
+        take_all(manager)
+        notifier.send_status("instances watched: 1")
+        notifier.send_status("instances watched: 1")
+        assert manager.recv(4096) == b"STATUS=instances watched: 1"
+        assert not select.select([manager], [], [], 0)[0], "it is sent once"
 
 
 def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
@@ -858,8 +877,9 @@ def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
 
 
 def test_an_inherited_connection_of_nobody_is_let_go_whoever_else_has_it_open(
-    reactor: kvmd.Reactor,
+    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    let_a_service_manager_take_all(reactor.notifier, monkeypatch)
     ours, theirs = socket.socketpair()
     inheritance = kvmd.Inheritance.__new__(kvmd.Inheritance)
     inheritance.connections = {"connection-1": ours}
@@ -871,8 +891,9 @@ def test_an_inherited_connection_of_nobody_is_let_go_whoever_else_has_it_open(
 
 
 def test_a_connection_is_let_go_whoever_else_has_it_open(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    let_a_service_manager_take_all(reactor.notifier, monkeypatch)
     monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
     fake_qemu.listen()
     monitor.connect()

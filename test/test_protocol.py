@@ -317,6 +317,30 @@ def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
 # ---- What is bad ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "rubbish", [b"rubbish\n", b"\xff\xfe\n", b"{" + b"x" * kvmd.LINE_LIMIT + b"\n"]
+)
+def test_rubbish_is_told_of_once_the_guest_runs_too(
+    listening: Protocol, rubbish: bytes
+) -> None:
+    size = kvmd.READ_SIZE
+    pieces = [rubbish[i : i + size] for i in range(0, len(rubbish), size)]
+    assert hear(listening, [UNINTERESTING, *pieces]) == []
+    complaint = listening.complaint
+    assert complaint
+    assert hear(listening, [rubbish, POWEROFF]) == [POWEROFF_HEARD]
+    assert listening.complaint == complaint
+
+
+def test_no_json_is_parsed_for_further_rubbish(
+    listening: Protocol, count_parsed: Callable[[], int]
+) -> None:
+    hear(listening, [b"{rubbish\n", b"rubbish\n"])
+    before = count_parsed()
+    hear(listening, [b"rubbish\n"])
+    assert count_parsed() == before
+
+
 def line_of(length: int) -> bytes:
     """Return a STOP event of so many bytes, the newline not counted."""
     start, end = b'{"event": "STOP", "data": "', b'"}'

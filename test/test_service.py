@@ -284,6 +284,18 @@ def test_a_pid_file_removed_by_another_is_no_matter(node: Node) -> None:
     assert " ERROR " not in node.log
 
 
+def test_a_pid_file_that_cannot_be_removed_is_no_matter(node: Node) -> None:
+    node.pid_file = node.directory / "run" / "ganeti-kvmd.pid"
+    node.pid_file.parent.mkdir()
+    pid = node.start()
+    node.pid_file.parent.rename(node.directory / "away")
+    node.pid_file.parent.touch()
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not node.processes(), "its end")
+    assert " INFO stopped" in node.log
+    assert " ERROR " not in node.log
+
+
 def test_anothers_file_in_the_place_of_the_pid_file_stays(node: Node) -> None:
     pid = node.start()
     node.pid_file.unlink()
@@ -761,6 +773,8 @@ def test_a_socket_of_the_starters_stays_as_it_is(node: Node) -> None:
             timeout=SECONDS,
         )
         assert os.get_blocking(starters.fileno())
+        starters.send(b"x")
+        assert ours.recv(1) == b"x"
         starters.close()
         assert ours.recv(1) == b""  # nobody else has it open
     node.stop()

@@ -442,6 +442,24 @@ def test_swapped_symlink_is_followed_when_asked(node: Path, ctrl: Path) -> None:
         assert_at_work(watch)
 
 
+@pytest.mark.parametrize("times", [1, 100])
+def test_symlink_that_goes_away_while_it_is_read_is_looked_at_again(
+    ctrl: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    failures = iter(range(times))
+
+    def realpath(path: str) -> str:
+        for _ in failures:
+            raise FileNotFoundError(errno.ENOENT, "gone", path)
+        return path
+
+    make(ctrl)
+    monkeypatch.setattr(os.path, "realpath", realpath)
+    with watching(ctrl) as watch:
+        assert watch.target is not None
+        assert watch.settled == (times == 1)
+
+
 def test_symlinks_in_a_circle_are_waited_for_to_go(node: Path, ctrl: Path) -> None:
     (node / "run").symlink_to("nur")
     (node / "nur").symlink_to("run")
