@@ -84,11 +84,12 @@ class Daemon:
 
     @property
     def log(self) -> str:
-        """The log so far."""
+        """The whole lines of the log so far: one may be written just now."""
         try:
-            return self.log_file.read_text(errors="backslashreplace")
+            text = self.log_file.read_text(errors="backslashreplace")
         except FileNotFoundError:
             return ""
+        return text[: text.rfind("\n") + 1]
 
     @property
     def stderr(self) -> str:

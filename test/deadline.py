@@ -17,9 +17,10 @@ def wait_until(
     """Return what `condition` returns once that is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
+        late = time.monotonic() > deadline  # then this is the last look
         result = condition()
         if result:
             return result
-        if time.monotonic() > deadline:
+        if late:
             raise TimeoutError(f"not within {seconds} s: {what}")
         time.sleep(0.002)

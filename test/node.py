@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from daemon import ROOT
@@ -71,8 +72,11 @@ class Node:
 
     @property
     def log(self) -> str:
-        """The log so far."""
-        return self.log_file.read_text() if self.log_file.exists() else ""
+        """The whole lines of the log so far: one may be written just now."""
+        if not self.log_file.exists():
+            return ""
+        text = self.log_file.read_text(errors="backslashreplace")
+        return text[: text.rfind("\n") + 1]
 
     def stop(self) -> None:
         """End the daemon as an init script does, and wait until it is gone."""
@@ -92,7 +96,8 @@ class Node:
     def end(self) -> None:
         """End all that still runs here."""
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.processes(), "nothing runs any more")
 
     def _is_named_by(self, process: Path) -> bool:

@@ -241,7 +241,7 @@ def test_only_the_lock_counts(node: Node, text: str) -> None:
 def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
     pid = node.start()
     os.kill(pid, signal.SIGKILL)
-    wait_until_ended(node)
+    wait_until(lambda: not kvmd.lock_holder(str(node.pid_file)), "its lock is gone")
     assert node.pid == pid
     assert node.start() != pid
     node.stop()
@@ -563,7 +563,10 @@ def test_sighups_by_the_thousand_cost_nothing(
         daemon.send_signal(signal.SIGHUP)
     fake_qemu.negotiate()
     daemon.wait_until_connected(INSTANCE)
-    assert len(os.listdir(f"/proc/{daemon.pid}/fd")) == descriptors + 1
+    wait_until(  # a reopening, which takes one more for a moment, may be under way
+        lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) == descriptors + 1,
+        "one descriptor more: the connection's",
+    )
 
 
 def daemon_with_its_log_on_stderr(control_dir: Path, *options: str) -> Daemon:
@@ -939,7 +942,7 @@ def test_a_signal_ends_it_at_once_with_status_0(
         sent = time.monotonic()
         daemon.send_signal(number)
         assert daemon.wait_until_gone() == 0
-        assert time.monotonic() - sent < 1
+        assert time.monotonic() - sent < 10  # and not at the next rescan
         assert daemon.log.endswith(" INFO stopped\n")
         assert not daemon.pid_file.exists()
 
@@ -1142,7 +1145,7 @@ def test_the_service_manager_is_told(
     environment = {
         **os.environ,
         "NOTIFY_SOCKET": "@" + path if abstract else path,
-        "WATCHDOG_USEC": "200000",
+        "WATCHDOG_USEC": "1000000",
     }
     try:
         with Daemon(control_dir, environment=environment) as daemon:
