@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kvmd
 import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu
 from status import wait_for_status
+
+import kvmd
 
 NODE = "node1.example.com"
 SETTINGS = {

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import kvmd
 import pytest
 from daemon import INSTANCE, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 from status import status_table, wait_for_status
 from variant import program_with
+
+import kvmd
 
 SOCKET = f"{INSTANCE}.kvmd"
 
