@@ -162,6 +162,6 @@ def test_a_restarted_daemon_takes_up_instances_that_run(
     daemon.stop()
     assert not qemu.shutdown_file.exists()
     daemon.start()
-    daemon.wait_until_connected(INSTANCE, 2)
+    daemon.wait_for_log('"kvmd-status"', 2)  # before the negotiation QEMU says nothing
     power_off(qemu)
     wait_until(qemu.shutdown_file.exists, "the shutdown file")
