@@ -942,7 +942,7 @@ class Monitor:
             self.state = GuestState()
             self._unwritten = None
             self._delay = LISTEN_DELAY
-            self._enter(Phase.CONNECTING)
+            self.phase, self.since = Phase.CONNECTING, time.monotonic()
         if not self._reactor.has_room():
             self._wait_for_descriptor()
             return
@@ -981,6 +981,7 @@ class Monitor:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._socket = connection
         self._protocol = protocol
+        self._note_change()
         self._listen()
 
     def _listen(self) -> None:

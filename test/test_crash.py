@@ -845,6 +845,20 @@ def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
     assert names == {b"one", b"two"}
 
 
+def test_no_state_is_kept_for_a_socket_to_which_there_is_no_connection_yet(
+    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.bind()
+    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor.connect()
+    assert not reactor.changed
+    fake_qemu.listen()
+    monitor.phase = kvmd.Phase.SILENT
+    monitor.connect()
+    assert reactor.changed
+    monitor.close()
+
+
 def test_a_status_that_a_service_manager_did_not_take_is_sent_again(
     control_dir: Path,
 ) -> None:
