@@ -544,8 +544,6 @@ class Notifier:
 
     #: Microseconds that a service manager may take for a message.
     SEND_TIMEOUT = 10000
-    #: Seconds for which one that takes no messages is waited for, each time.
-    PATIENCE = 1.0
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -569,8 +567,7 @@ class Notifier:
                 socket.SO_SNDTIMEO,
                 struct.pack("ll", 0, self.SEND_TIMEOUT),
             )
-        #: When the patience with it ends, 0.0 while it takes messages.
-        self._end_of_patience = 0.0
+        self._flags = 0
         #: What is to be kept no longer, and was not taken yet.
         self._discarded: list[str] = []
 
@@ -585,28 +582,30 @@ class Notifier:
         # Not socket.send_fds: that drops the address.
         packed = struct.pack(f"{len(fds)}i", *fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
-        may_wait = self._end_of_patience == 0 or self.is_awaited()
-        flags = 0 if may_wait else socket.MSG_DONTWAIT
-        is_taken = True
         try:
-            self._socket.sendmsg(message, rights, flags, self._address)
-        except BlockingIOError:
-            if self._end_of_patience == 0:
-                self._end_of_patience = time.monotonic() + self.PATIENCE
+            self._socket.sendmsg(message, rights, self._flags, self._address)
+        except OSError:
+            self._flags = socket.MSG_DONTWAIT  # gone or stuck: wait once, not each time
             return False
-        except OSError:  # there is nobody to wait for
-            is_taken = False
-        self._end_of_patience = 0.0
-        return is_taken
-
-    def is_awaited(self) -> bool:
-        """Tell whether it takes no messages, but may do so in a moment."""
-        return time.monotonic() < self._end_of_patience
+        self._flags = 0
+        return True
 
     def send_status(self, status: str) -> None:
-        """Send what `systemctl status` is to show, if it has changed."""
-        if status != self._status and self.send(f"STATUS={status}"):
+        """Send that the daemon is ready, and what `systemctl status` is to show.
+
+        It is sent until it was taken, and again when it has changed.
+        """
+        if status != self._status and self.send("READY=1", f"STATUS={status}"):
             self._status = status
+
+    def send_reloading(self) -> None:
+        """Send that the daemon is not ready until the next `send_status`."""
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._status = ""
+
+    def knows_status(self) -> bool:
+        """Tell whether the service manager has taken that the daemon is ready."""
+        return self._status != ""
 
     def store(self, name: str, fd: int) -> bool:
         """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
@@ -767,8 +766,7 @@ class Reactor:
     Where a service manager keeps the state against a crash, what is read of a
     connection is only looked at (MSG_PEEK) until the state that follows from it is
     kept: a daemon that is killed before leaves it to be read again. The state holds it
-    as well, so that it is not read again if the daemon is killed right afterwards. What
-    a service manager has not taken when it was waited for long enough is not kept.
+    as well, so that it is not read again if the daemon is killed right afterwards.
     """
 
     def __init__(
@@ -780,7 +778,7 @@ class Reactor:
         self.selector = selectors.DefaultSelector()
         self.receive_flags = socket.MSG_PEEK if notifier.is_heard else 0
         #: Monitors that have looked at something without taking it out.
-        self.unconsumed: set[Monitor] = set()
+        self.unconsumed: list[Monitor] = []
         #: Monitors whose new connection is not kept yet.
         self.unkept: list[Monitor] = []
         #: Some monitor's state is not what was kept last.
@@ -891,7 +889,7 @@ class Monitor:
         #: Pieces that were parsed in the second that ends then (`this_second`).
         self._parsed = 0
         self._second = 0.0
-        #: What was looked at, and is not taken out of the socket yet.
+        #: What was looked at last, and is not taken out of the socket yet.
         self._unconsumed = b""
         #: The ruling whose file could not be written yet, and its event's time.
         self._unwritten: tuple[Ruling, float | None] | None = None
@@ -1102,26 +1100,19 @@ class Monitor:
 
         At the end it gives b"".
         """
-        flags, known = 0, len(self._unconsumed)
-        if known + size > LINE_LIMIT:
-            return None  # no more until some of that is taken out
+        flags = 0
         try:
-            data, _, flags, _ = connection.recvmsg(
-                known + size, 0, self._reactor.receive_flags
-            )
+            data, _, flags, _ = connection.recvmsg(size, 0, self._reactor.receive_flags)
         except BlockingIOError:
             return None
         except OSError:
             data = b""  # what had arrived before the error was read before
         if self._reactor.receive_flags:
-            data = data[known:]
-            if known and not data:
-                return None
             # A line that goes on is left to the kernel.
             data = data[: data.rfind(b"\n") + 1] or data
-            self._unconsumed += data
+            self._unconsumed = data
             self._record = None
-            self._reactor.unconsumed.add(self)
+            self._reactor.unconsumed.append(self)
         return data, flags
 
     def _hear(self, data: bytes, protocol: Protocol) -> None:
@@ -1215,7 +1206,6 @@ class Monitor:
             self._reactor.paused.discard(self)
             self._reactor.notifier.end_connection(self._socket)
         self._socket = self._protocol = None
-        self._unconsumed = b""
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
@@ -1347,9 +1337,8 @@ class Monitor:
             looked_at = self._socket and self._socket.recv(count, socket.MSG_PEEK)
         except OSError:
             looked_at = None
-        if looked_at != self._unconsumed:
-            self._unconsumed = b""
-        self.consume()
+        if looked_at == self._unconsumed:
+            self.consume()
 
     def describe(self) -> str:
         """Return the monitor's line of the status table."""
@@ -1465,8 +1454,8 @@ LONGEST_WAIT = 86400.0
 STALL_LIMIT = 0.02
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
-#: Seconds between attempts to have the state kept.
-KEEPING_RETRY = 1.0
+#: Seconds between attempts to tell the service manager what it did not take.
+TELLING_RETRY = 1.0
 
 #: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
 SUFFIXES = {
@@ -1574,12 +1563,16 @@ class Daemon:
         is_of_here = state.get("control_dir") == self._reactor.control_dir
         records = state.get("monitors", []) if is_of_here else []
         connections = inheritance.connections
+        is_complete = inheritance.pid_file is not None
         try:
             self._serial = inheritance.state.get("serial", 0)
             for record in records:
                 if record["suffix"] not in self._suffixes:
                     continue  # started with other options: it is to be let go
                 name = record["connection"]
+                # A greeting may have been read, and the state not been kept any more.
+                if name and not is_complete and not record["protocol"]["greeted"]:
+                    name = None
                 connection = connections.get(name)
                 monitor = Monitor.restore(record, connection, self._reactor)
                 self._monitors[monitor.instance] = monitor
@@ -1599,7 +1592,7 @@ class Daemon:
 
     def run(self) -> None:
         """Do the work until a signal ends it, or asks for another program."""
-        self._notifier.send("READY=1")
+        self._send_status()
         self._give_sign_of_life()
         while not (self.stopping or self.restarting):
             self._turn()
@@ -1635,14 +1628,12 @@ class Daemon:
         if time.monotonic() >= self._next_sign_of_life:
             self._give_sign_of_life()
         self._keep_state()
-        self._notifier.send_status(f"instances watched: {len(self._monitors)}")
+        self._send_status()
 
     def _keep_state(self) -> None:
         """Have the service manager keep the state; then take out what was read."""
         if self._notifier.is_heard and self._catch_up() and self._reactor.changed:
             self._reactor.changed = not self._store_state()
-        if self._reactor.changed and self._notifier.is_awaited():
-            return
         for monitor in self._reactor.unconsumed:
             monitor.consume()
         self._reactor.unconsumed.clear()
@@ -1689,17 +1680,23 @@ class Daemon:
         found = [monitor.descriptor() for monitor in self._monitors.values()]
         return [fd for fd in found if fd is not None]
 
+    def _send_status(self) -> None:
+        self._notifier.send_status(f"instances watched: {len(self._monitors)}")
+
     def _give_sign_of_life(self) -> None:
-        self._notifier.send("WATCHDOG=1")
-        self._next_sign_of_life = time.monotonic() + self._notifier.watchdog_interval
+        interval = self._notifier.watchdog_interval
+        if interval != NEVER and not self._notifier.send("WATCHDOG=1"):
+            interval = min(interval, TELLING_RETRY)
+        self._next_sign_of_life = time.monotonic() + interval
 
     def _timeout(self) -> float | None:
         """Return the seconds until something has to be done; None: nothing has."""
         deadline = min(
             self._next_rescan, self._next_sign_of_life, self._reactor.next_timer()
         )
-        if self._notifier.is_heard and (self._reactor.changed or self._reactor.unkept):
-            deadline = min(deadline, time.monotonic() + KEEPING_RETRY)
+        is_due = self._reactor.changed or self._reactor.unkept
+        if self._notifier.is_heard and (is_due or not self._notifier.knows_status()):
+            deadline = min(deadline, time.monotonic() + TELLING_RETRY)
         if deadline == NEVER:
             return None
         return min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
@@ -1975,9 +1972,7 @@ class Daemon:
 
     def reopen_log(self) -> None:
         """Open the log file anew, for logrotate."""
-        self._notifier.send(
-            "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
-        )
+        self._notifier.send_reloading()
         try:
             self._log.open()
         except OSError as error:
@@ -1987,7 +1982,6 @@ class Daemon:
             )
         else:
             self._log.info("log file reopened")
-        self._notifier.send("READY=1")
 
     def log_status(self) -> None:
         """Log the daemon's status, and a line for each instance."""

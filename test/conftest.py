@@ -64,16 +64,10 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
 
 
 @pytest.fixture
-def silent_log() -> kvmd.Log:
-    """Return a log that is thrown away."""
-    return kvmd.Log(None, [])
-
-
-@pytest.fixture
-def reactor(control_dir: Path, silent_log: kvmd.Log) -> Iterator[kvmd.Reactor]:
-    """Return what a monitor needs."""
+def reactor(control_dir: Path) -> Iterator[kvmd.Reactor]:
+    """Return what a monitor needs, with a log that is thrown away."""
     reactor = kvmd.Reactor(
-        str(control_dir), silent_log, kvmd.Notifier({}), descriptor_limit=100
+        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
     )
     yield reactor
     reactor.selector.close()

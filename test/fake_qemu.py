@@ -115,14 +115,15 @@ class FakeQemu:
 
     def wait_until_read(self) -> None:
         """Wait until the client has read all that was sent."""
-        wait_until(self.all_is_read, "the client has read all")
-
-    def all_is_read(self) -> bool:
-        """Tell whether the client has read all that was sent."""
-        assert self._client
+        client = self._client
+        assert client
         unread = bytearray(4)
-        fcntl.ioctl(self._client, termios.TIOCOUTQ, unread)
-        return not any(unread)
+
+        def is_read() -> bool:
+            fcntl.ioctl(client, termios.TIOCOUTQ, unread)
+            return not any(unread)
+
+        wait_until(is_read, "the client has read all")
 
     def client_has_left(self) -> bool:
         """Tell whether the client has closed its end."""

@@ -350,7 +350,8 @@ class Storm:
         for path in self.node.iterdir():
             if path.is_dir() and not path.is_symlink():
                 self.erase(path)
-        self.make_all()
+        # A shutdown file that the daemon made meanwhile may have kept a directory.
+        self.control_dir.mkdir(parents=True, exist_ok=True)
 
     def mount_points(self) -> list[str]:
         """Return what is mounted below the node's directory, the newest first."""

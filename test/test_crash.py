@@ -599,6 +599,21 @@ def test_a_connection_of_which_no_state_tells_is_made_anew(
     assert connection not in systemd.names
 
 
+def test_a_connection_without_a_greeting_is_made_anew_after_a_crash(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    fake_qemu.listen()
+    fake_qemu.accept()
+    wait_until(lambda: kept_state(systemd)["monitors"], "the state to be kept")
+    crash(service)
+    fake_qemu.wait_until_client_leaves()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
 def test_what_is_looked_at_and_then_followed_by_a_new_socket_counts_once(
     service: Service, systemd: Systemd, fake_qemu: FakeQemu
 ) -> None:
@@ -684,121 +699,23 @@ def stuck_manager(address: Path) -> Iterator[tuple[socket.socket, kvmd.Notifier]
         yield manager, notifier
 
 
-def test_a_service_manager_that_is_stuck_is_waited_for_no_longer_than_a_second(
-    control_dir: Path,
-) -> None:
+def is_readable(manager: socket.socket) -> bool:
+    return bool(select.select([manager], [], [], 0)[0])
+
+
+def take_all(manager: socket.socket) -> None:
+    """Take what a service manager was sent."""
+    while is_readable(manager):
+        manager.recv(4096)
+
+
+def test_a_service_manager_that_is_stuck_is_waited_for_once(control_dir: Path) -> None:
     with stuck_manager(control_dir.parent / "notify") as (stuck, notifier):
         start = time.monotonic()
         assert not any(notifier.send("WATCHDOG=1") for _ in range(1000))
         assert time.monotonic() - start < 5  # if each were waited for, it would be 10
         stuck.recv(4096)
         assert notifier.send("WATCHDOG=1")
-
-
-def take_all(manager: socket.socket) -> None:
-    """Take what a service manager was sent."""
-    while select.select([manager], [], [], 0)[0]:
-        manager.recv(4096)
-
-
-@contextmanager
-def monitor_of_stuck_manager(
-    fake_qemu: FakeQemu, log: kvmd.Log
-) -> Iterator[tuple[socket.socket, kvmd.Reactor, kvmd.Monitor]]:
-    """Give a manager that takes no more messages, and what it has kept all of so far.
-
-    In the monitor the guest runs.
-    """
-    control_dir = fake_qemu.path.parent
-    with stuck_manager(control_dir.parent / "notify") as (manager, notifier):
-        reactor = kvmd.Reactor(str(control_dir), log, notifier, descriptor_limit=100)
-        daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
-        fake_qemu.listen()
-        daemon._start(INSTANCE, ".kvmd")
-        monitor = daemon._monitors[INSTANCE]
-        fake_qemu.negotiate()
-        while not monitor.state.alive or reactor.changed:
-            monitor.receive()
-            take_all(manager)
-            reactor.keep_state()
-        while notifier.send("full"):
-            pass
-        yield manager, reactor, monitor
-        monitor.close()
-        reactor.selector.close()
-
-
-def test_what_was_read_stays_in_the_socket_while_a_service_manager_is_awaited(
-    fake_qemu: FakeQemu, silent_log: kvmd.Log
-) -> None:
-    with monitor_of_stuck_manager(fake_qemu, silent_log) as (manager, reactor, monitor):
-        fake_qemu.send(POWERDOWN)
-        monitor.receive()
-        reactor.keep_state()
-        assert not fake_qemu.all_is_read()
-        fake_qemu.send(USER_SHUTDOWN)
-        monitor.receive()
-        assert monitor.state.ruling, "what came next was read all the same"
-        assert not monitor.receive(), "nothing is read twice"
-        reactor.keep_state()
-        assert not fake_qemu.all_is_read()
-        take_all(manager)
-        reactor.keep_state()
-        assert fake_qemu.all_is_read()
-        fake_qemu.exit()
-        assert not monitor.receive()
-        assert monitor.phase is kvmd.Phase.GONE
-
-
-def test_what_was_looked_at_on_one_connection_hides_nothing_on_the_next(
-    fake_qemu: FakeQemu, silent_log: kvmd.Log
-) -> None:
-    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
-        fake_qemu.send(POWERDOWN)
-        monitor.receive()
-        reactor.keep_state()
-        monitor.abandon()
-        fake_qemu.disconnect()
-        monitor.connect()
-        fake_qemu.negotiate()
-        assert monitor.receive()
-        assert monitor.phase is kvmd.Phase.CONNECTED
-
-
-def test_a_service_manager_that_is_stuck_for_long_holds_nothing_back(
-    fake_qemu: FakeQemu, silent_log: kvmd.Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
-        fake_qemu.send(POWERDOWN)
-        monitor.receive()
-        later = time.monotonic() + kvmd.Notifier.PATIENCE
-        monkeypatch.setattr(time, "monotonic", lambda: later)
-        reactor.keep_state()
-        assert reactor.changed
-        assert fake_qemu.all_is_read()
-
-
-def test_a_service_manager_that_is_gone_holds_nothing_back(
-    fake_qemu: FakeQemu, silent_log: kvmd.Log
-) -> None:
-    with monitor_of_stuck_manager(fake_qemu, silent_log) as (manager, reactor, monitor):
-        fake_qemu.send(POWERDOWN)
-        monitor.receive()
-        manager.close()
-        reactor.keep_state()
-        assert fake_qemu.all_is_read()
-
-
-def test_no_more_is_looked_at_than_may_be_kept_of_a_connection(
-    fake_qemu: FakeQemu, silent_log: kvmd.Log
-) -> None:
-    with monitor_of_stuck_manager(fake_qemu, silent_log) as (_, reactor, monitor):
-        fake_qemu.send(POWERDOWN)
-        monitor.receive()
-        fake_qemu.send(event_line("NICE") * 1500)
-        while monitor.receive():
-            reactor.keep_state()
-        assert len(monitor._unconsumed) <= kvmd.LINE_LIMIT
 
 
 def test_what_a_service_manager_did_not_take_is_given_to_it_again(
@@ -864,11 +781,39 @@ def test_a_status_that_a_service_manager_did_not_take_is_sent_again(
 ) -> None:
     with stuck_manager(control_dir.parent / "notify") as (manager, notifier):
         notifier.send_status("instances watched: 1")
+        assert not notifier.knows_status()
         take_all(manager)
         notifier.send_status("instances watched: 1")
+        assert notifier.knows_status()
         notifier.send_status("instances watched: 1")
-        assert manager.recv(4096) == b"STATUS=instances watched: 1"
-        assert not select.select([manager], [], [], 0)[0], "it is sent once"
+        assert manager.recv(4096) == b"READY=1\nSTATUS=instances watched: 1"
+        assert not is_readable(manager), "it is sent once"
+
+
+def test_a_daemon_that_could_not_tell_that_it_is_ready_tells_it_soon(
+    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_a_service_manager_take_all(reactor.notifier, monkeypatch)
+    daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
+    timeout = daemon._timeout()
+    assert timeout is not None and timeout <= kvmd.TELLING_RETRY
+    daemon._send_status()
+    assert daemon._timeout() is None
+
+
+def test_a_sign_of_life_that_was_not_taken_is_given_again_soon(
+    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
+    monkeypatch.setattr(reactor.notifier, "watchdog_interval", 15.0)
+    daemon._give_sign_of_life()
+    timeout = daemon._timeout()
+    assert timeout is not None and timeout <= kvmd.TELLING_RETRY
+    let_a_service_manager_take_all(reactor.notifier, monkeypatch)
+    daemon._send_status()
+    daemon._give_sign_of_life()
+    timeout = daemon._timeout()
+    assert timeout is not None and timeout > kvmd.TELLING_RETRY
 
 
 def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
@@ -1007,7 +952,11 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
             qemu = FakeQemu(control_dir, f"guest{len(lives)}-{number}")
             lives.append(live(qemu, systemd, own_chance))
 
-    service = Service(systemd, control_dir, interpreter=[sys.executable])
+    # The stand-in for systemd has threads beside it, and may take longer than systemd.
+    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
+    service = Service(
+        systemd, control_dir, program=program, interpreter=[sys.executable]
+    )
     with ThreadPoolExecutor() as executor, service:
         threads = [executor.submit(live_on, number) for number in range(4)]
         try:

@@ -11,7 +11,7 @@ import pytest
 from daemon import INSTANCE, ROOT, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
-from status import status_table
+from status import status_table, wait_for_status
 
 
 @pytest.fixture
@@ -93,6 +93,18 @@ def test_a_line_that_was_read_in_part_is_completed_after_the_restart(
     restart(daemon)
     qemu.send(line[70:])
     assert "verdict=user" in daemon.wait_for_verdict(INSTANCE)
+
+
+def test_a_greeting_that_is_still_to_come_is_heard_after_the_restart(
+    daemon: Daemon, control_dir: Path
+) -> None:
+    with FakeQemu(control_dir, "starting") as starting:
+        starting.listen()
+        starting.accept()
+        wait_for_status(daemon, "starting.kvmd", "awaiting greeting since")
+        restart(daemon)
+        starting.greet()
+        daemon.wait_until_connected("starting")
 
 
 def test_a_program_started_by_a_relative_path_is_found_again(
