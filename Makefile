@@ -11,9 +11,12 @@ VENV   = .venv
 # Seconds that one long test of `make soak` runs.
 SOAK_SECONDS = 60
 
+# One download that fails is no failure.
+APT = apt-get -o Acquire::Retries=3
+
 # $(call install-packages,COMMAND or FILE to look for,PACKAGES)
 install-packages = command -v $(1) >/dev/null || test -e $(1) || \
-	{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(2); }
+	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
 
 help: ## name the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,8 +62,8 @@ check-package: lint-deb ## install the package beside Ganeti's, in namespaces (a
 
 need-packaging:
 	@$(call install-packages,dpkg-buildpackage,dpkg-dev)
-	@dpkg-checkbuilddeps 2>/dev/null || { apt-get update -qq && \
-	apt-get build-dep -qq -y --no-install-recommends ./; }
+	@dpkg-checkbuilddeps 2>/dev/null || { $(APT) update -qq && \
+	$(APT) build-dep -qq -y --no-install-recommends ./; }
 .PHONY: install deb lint-deb check-package need-packaging
 
 check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
@@ -75,16 +78,16 @@ bench: need-bench ## measure beside Ganeti's own daemon and a floor in C (as roo
 # Ganeti's own daemon is not installed, but the libraries are that it needs.
 BENCH_PACKAGES = gcc libc6-dev libcurl3-gnutls libffi8 libgmp10 libpcre3 python3
 need-bench:
-	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && \
-	apt-get install -qq -y --no-install-recommends $(BENCH_PACKAGES); }
+	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { $(APT) update -qq && \
+	$(APT) install -qq -y --no-install-recommends $(BENCH_PACKAGES); }
 .PHONY: bench need-bench
 
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
 need-tests:
-	@python3 -c "import ensurepip" 2>/dev/null || { apt-get update -qq && \
-	apt-get install -qq -y --no-install-recommends python3-venv; }
+	@python3 -c "import ensurepip" 2>/dev/null || { $(APT) update -qq && \
+	$(APT) install -qq -y --no-install-recommends python3-venv; }
 	@$(call install-packages,start-stop-daemon,dpkg)
 	@$(call install-packages,mandoc,mandoc)
 	@$(call install-packages,man,man-db)

@@ -28,6 +28,7 @@ from cluster import (
     expect,
     kill_daemon,
     run,
+    wait_until,
     which_daemon,
 )
 
@@ -101,13 +102,22 @@ def expect_ganetis_in_place() -> None:
 def expect_one_daemon(which: str) -> None:
     """Fail unless this daemon runs, and no other one."""
     expect("daemon", which_daemon(), which)
-    running = run("sh", "-c", "pgrep --count --exact ganeti-kvmd || :")
-    expect("daemons", int(running), 0 if which == "none" else 1)
+    wanted = 0 if which == "none" else 1
+    # Who started it may have ended just now, and not be reaped yet.
+    wait_until(f"{wanted} daemons run", lambda: daemons_that_run() == wanted)
 
 
-def version_that_runs() -> str:
-    """Return the version of ours that has started last."""
-    return re.findall(r" INFO started kvmd (\S+) for ", LOG_FILE.read_text())[-1]
+def daemons_that_run() -> int:
+    return int(run("sh", "-c", "pgrep --count --exact ganeti-kvmd || :"))
+
+
+def expect_version(version: str) -> None:
+    """Fail unless this is the version of ours that starts last: it may be about to."""
+
+    def started() -> str:
+        return re.findall(r" INFO started kvmd (\S+) for ", LOG_FILE.read_text())[-1]
+
+    wait_until(f"version {version} runs", lambda: started() == version)
 
 
 @contextlib.contextmanager
@@ -253,14 +263,14 @@ def upgrading_restarts_in_place() -> None:
         install(variant(NEWER))
     expect_ours_in_place()
     expect_one_daemon("ours")
-    expect("version", version_that_runs(), NEWER)
+    expect_version(NEWER)
 
 
 def upgrading_replaces_a_daemon_that_can_not_restart_in_place() -> None:
     install(variant(OLDER, dies_of_sigusr2))
     install(our_package())
     expect_one_daemon("ours")
-    expect("version", version_that_runs(), our_version())
+    expect_version(our_version())
 
 
 def downgrading_restarts_in_place() -> None:
@@ -268,7 +278,7 @@ def downgrading_restarts_in_place() -> None:
     with nothing_disturbed():
         install(our_package())
     expect_one_daemon("ours")
-    expect("version", version_that_runs(), our_version())
+    expect_version(our_version())
 
 
 def installing_again_changes_nothing() -> None:
@@ -340,7 +350,7 @@ def upgrading_without_ganeti_restarts_in_place() -> None:
     remove_ganeti("--remove")
     with nothing_disturbed():
         install(variant(NEWER))
-    expect("version", version_that_runs(), NEWER)
+    expect_version(NEWER)
     install_ganeti()
 
 
@@ -388,7 +398,7 @@ def failing_to_unpack_an_upgrade_keeps_the_old_one() -> None:
         with nothing_disturbed():
             fail_to("install", str(variant(NEWER, failure)))
         expect_ours_in_place()
-        expect("version", version_that_runs(), our_version())
+        expect_version(our_version())
 
 
 def a_failure_of_the_old_prerm_does_not_stop_an_upgrade() -> None:
@@ -404,7 +414,7 @@ def failing_in_postinst_is_mended_by_the_next_package() -> None:
     install(variant(NEWER))
     expect_ours_in_place()
     expect_one_daemon("ours")
-    expect("version", version_that_runs(), NEWER)
+    expect_version(NEWER)
 
 
 def failing_to_remove_keeps_ours() -> None:
