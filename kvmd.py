@@ -1571,7 +1571,7 @@ class Daemon:
                     continue  # started with other options: it is to be let go
                 name = record["connection"]
                 # A greeting may have been read, and the state not been kept any more.
-                if name and not is_complete and not record["protocol"]["greeted"]:
+                if not is_complete and record["phase"] != Phase.CONNECTED.value:
                     name = None
                 connection = connections.get(name)
                 monitor = Monitor.restore(record, connection, self._reactor)

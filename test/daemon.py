@@ -46,6 +46,15 @@ def control_directory() -> Iterator[Path]:
         shutil.rmtree(node)
 
 
+def read_log(path: Path) -> str:
+    """Return the whole lines of a log so far: one may be written just now."""
+    try:
+        text = path.read_text(errors="backslashreplace")
+    except FileNotFoundError:
+        return ""
+    return text[: text.rfind("\n") + 1]
+
+
 class Daemon:
     """The daemon in the foreground; `options` come after those that it needs here.
 
@@ -84,12 +93,8 @@ class Daemon:
 
     @property
     def log(self) -> str:
-        """The whole lines of the log so far: one may be written just now."""
-        try:
-            text = self.log_file.read_text(errors="backslashreplace")
-        except FileNotFoundError:
-            return ""
-        return text[: text.rfind("\n") + 1]
+        """The log so far."""
+        return read_log(self.log_file)
 
     @property
     def stderr(self) -> str:

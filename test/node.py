@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from daemon import ROOT
+from daemon import ROOT, read_log
 from deadline import SECONDS, wait_until
 
 SETTINGS = {
@@ -72,11 +72,8 @@ class Node:
 
     @property
     def log(self) -> str:
-        """The whole lines of the log so far: one may be written just now."""
-        if not self.log_file.exists():
-            return ""
-        text = self.log_file.read_text(errors="backslashreplace")
-        return text[: text.rfind("\n") + 1]
+        """The log so far."""
+        return read_log(self.log_file)
 
     def stop(self) -> None:
         """End the daemon as an init script does, and wait until it is gone."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from crowd import Crowd
 from daemon import INSTANCE, INTERPRETER, Daemon
-from deadline import SECONDS, wait_until
+from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 from namespace import (
     interpreter_after,
@@ -300,7 +300,7 @@ def test_hundreds_of_instances_end_at_once_and_leave_nothing(
     before = descriptors(daemon)
     end_all_at_once(daemon, crowd, 300)
     assert descriptors(daemon) == before
-    assert max(delays(daemon.log)) < SECONDS * 1000
+    assert max(delays(daemon.log)) < 5000
 
 
 @pytest.mark.soak
@@ -316,7 +316,7 @@ def test_four_thousand_instances_end_at_once_and_leave_nothing(
         before = descriptors(daemon)
         end_all_at_once(daemon, crowd, 4000)
         assert descriptors(daemon) == before
-        assert max(delays(daemon.log)) < SECONDS * 1000
+        assert max(delays(daemon.log)) < 5000
         assert memory(daemon) < 60 * 1024
         daemon.stop()
 

@@ -383,7 +383,7 @@ def test_a_peer_that_closes_at_once_is_visited_a_few_times_a_second_at_most(
         wait_until(lambda: slammer.visits > 3, "the first visits")
         started, before = time.monotonic(), slammer.visits
         wait_until(lambda: slammer.visits > before + 7, "further visits")
-        assert time.monotonic() - started > 0.1
+        assert time.monotonic() - started > 0.8
     finally:
         slammer.close()
 
