@@ -55,11 +55,10 @@ def is_wanted(options: Options, log: Log) -> bool:
 def make_log(options: Options) -> Log:
     """Return the log as the options want it, the file not open yet."""
     sinks: list[Callable[[str, str], None]] = []
-    if options.foreground:
-        sinks.append(stderr_sink)
-    if options.syslog != "no":
-        sinks.append(syslog_sink())
-    log = Log(None if options.syslog == "only" else options.log_file, sinks)
+    fallbacks: list[Callable[[str, str], None]] = []
+    (sinks if options.foreground else fallbacks).append(stderr_sink)
+    (sinks if options.syslog != "no" else fallbacks).append(syslog_sink)
+    log = Log(None if options.syslog == "only" else options.log_file, sinks, fallbacks)
     log.debugging = options.debug
     return log
 
@@ -90,6 +89,7 @@ def serve(
         )
         daemon.start(inheritance)
         log.info(f"started kvmd {VERSION} for {options.control_dir}")
+        log.flush()
         report("")
         gc.freeze()
         daemon.run()
@@ -115,16 +115,20 @@ def main() -> int:
     inheritance = Inheritance()
     sanitize_process()
     log = make_log(options)
-    sys.excepthook = lambda _type, error, _traceback: log.exception(
-        "unexpected error, giving up", error
-    )
-    problem = None
     try:
         log.open()
-    except OSError as error:
-        problem = f"cannot open the log file {error.filename}: {error.strerror}"
-        if not options.foreground:
-            log.sinks.append(stderr_sink)
+        return run(options, command, log, inheritance)
+    except Exception as error:
+        log.exception("unexpected error, giving up", error)
+        return 1
+    finally:
+        log.flush()
+
+
+def run(
+    options: Options, command: list[str], log: Log, inheritance: Inheritance
+) -> int:
+    """Run the daemon if it is wanted and may run; return the exit status."""
     if not options.no_cluster_checks and not is_wanted(options, log):
         if inheritance.pid_file is not None:
             PidFile(options.pid_file, inheritance.pid_file).remove()
@@ -132,10 +136,11 @@ def main() -> int:
         Notifier(os.environ).send("READY=1")
         return 0
     if not options.no_user_checks and os.geteuid() != 0:
-        problem = "must run as root (or with --no-user-checks, for trials)"
-    if problem and inheritance.pid_file is None:
-        write_to_stderr(printable(f"{DAEMON_NAME}: {problem}"))
+        write_to_stderr(
+            f"{DAEMON_NAME}: must run as root (or with --no-user-checks, for trials)"
+        )
         return 1
+    log.flush()  # before another process goes on
     return serve(options, command, log, inheritance)
 
 

@@ -215,6 +215,7 @@ class Daemon:
         """Have the service manager keep the state; then take out what was read."""
         if self._notifier.is_heard and self._catch_up() and self._reactor.changed:
             self._reactor.changed = not self._store_state()
+        self._log.flush()
         for monitor in self._reactor.unconsumed:
             monitor.consume()
         self._reactor.unconsumed.clear()
@@ -366,6 +367,7 @@ class Daemon:
             self._report(facts)
         self._reconcile()
         self._plan_rescan()
+        self._log.retry()
         phases = [monitor.phase for monitor in self._monitors.values()]
         if Phase.WAITING not in phases:
             self._log.end_trouble(OUT_OF_DESCRIPTORS)
@@ -536,6 +538,7 @@ class Daemon:
             for fd in [state, pid_file, *self.descriptors()]:
                 os.set_inheritable(fd, True)
             self._log.info("restarting in place")
+            self._log.flush()
             os.execv(self._command[0], self._command)
         except OSError as error:
             self._log.error(
@@ -554,15 +557,7 @@ class Daemon:
     def reopen_log(self) -> None:
         """Open the log file anew, for logrotate."""
         self._notifier.send_reloading()
-        try:
-            self._log.open()
-        except OSError as error:
-            self._log.error(
-                f"cannot reopen the log file {error.filename}: {error.strerror};"
-                " keeping the old one"
-            )
-        else:
-            self._log.info("log file reopened")
+        self._log.reopen()
 
     def log_status(self) -> None:
         """Log the daemon's status, and a line for each instance."""
