@@ -255,6 +255,7 @@ def test_an_exception_is_told_with_the_innermost_calls(
     calls = lines[2 : -len(last)]
     assert len(calls) == min(depth + 2, log.LONGEST_TRACEBACK)
     assert calls[-1].endswith(", in raise_it") and __file__ in calls[-1]
+    assert calls[0].endswith(", in raise_it") == (depth > log.LONGEST_TRACEBACK)
     assert lines[-len(last) :] == last
 
 
@@ -355,9 +356,10 @@ def test_what_a_full_disk_does_not_take_goes_elsewhere(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         log.info("lost")
         log.flush()
+        trouble = f"WARNING {UNWRITABLE}: File too large; logging to syslog as well"
+        assert lines == ["INFO lost", trouble]
         log.info("lost as well")
         log.flush()
-        trouble = f"WARNING {UNWRITABLE}: File too large; logging to syslog as well"
         assert lines == ["INFO lost", trouble, "INFO lost as well"]
 
     call_in_process(write_with_no_room)
