@@ -79,7 +79,11 @@ class Inheritance:
             if fd <= 2:
                 continue
             if target.startswith("socket:["):
-                connection = socket.socket(fileno=fd)
+                try:
+                    connection = socket.socket(fileno=fd)
+                except OSError:  # AF_XDP, say, has no address to be asked for
+                    others.append(fd)
+                    continue
                 connection.set_inheritable(False)
                 self.connections[connection_name(connection)] = connection
                 continue

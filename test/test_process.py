@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import re
@@ -10,12 +11,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from daemon import LOG_LINE, ROOT, Daemon
 from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu
+from namespace import call_in_process, require_namespaces
 from node import Node
 from variant import program_with
 
@@ -144,6 +148,190 @@ def test_anothers_file_in_the_place_of_the_pid_file_stays(node: Node) -> None:
     os.kill(pid, signal.SIGTERM)
     wait_until_ended(node)
     assert node.pid_file.read_text() == "another's\n"
+
+
+def plant_symlink(path: Path) -> None:
+    path.with_name("target").write_text("precious")
+    path.symlink_to("target")
+
+
+def plant_hard_link(path: Path) -> None:
+    path.with_name("target").write_text("precious")
+    os.link(path.with_name("target"), path)
+
+
+def plant_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("plant", "reason"),
+    [
+        (plant_symlink, "it is a symlink"),
+        (plant_hard_link, "it has several names"),
+        (plant_fifo, "it is no regular file"),
+        (Path.mkdir, "Is a directory"),
+    ],
+)
+def test_what_is_planted_in_the_place_of_the_pid_file_is_left_and_told(
+    node: Node, plant: Callable[[Path], None], reason: str
+) -> None:
+    plant(node.pid_file)
+    result = node.run()
+    assert result.returncode == 1
+    assert f"cannot write the pid file {node.pid_file}: {reason}" in result.stderr
+    target = node.pid_file.with_name("target")
+    assert not target.exists() or target.read_text() == "precious"
+
+
+# ---- What was inherited --------------------------------------------------------------
+
+
+def open_pid_file(path: Path, text: str) -> int:
+    path.write_text(text)
+    return os.open(path, os.O_RDWR)
+
+
+def test_an_inherited_pid_file_with_this_pid_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    fd = open_pid_file(path, f"{os.getpid()}\n")
+    assert kvmd_process.find_inherited_pid_file(str(path)) == fd
+    os.close(fd)
+    assert kvmd_process.find_inherited_pid_file(str(path)) is None
+
+
+def test_a_locked_pid_file_is_taken_over_from_the_program_before(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pid"
+    before = kvmd_process.PidFile(str(path))
+    os.set_inheritable(before.fd, True)
+    found = kvmd_process.find_inherited_pid_file(str(path))
+    assert found == before.fd
+    after = kvmd_process.PidFile(str(path), found)
+    assert after.fd == before.fd and not os.get_inheritable(after.fd)
+    assert kvmd_check.lock_holder(str(path)) == os.getpid()
+    assert path.read_text() == f"{os.getpid()}\n"
+    os.close(after.fd)
+
+
+def replace_it(path: Path) -> None:
+    path.rename(path.with_suffix(".old"))
+    path.write_text(f"{os.getpid()}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        (f"{os.getpid() + 1}\n", Path.exists),
+        (f"{os.getpid()}", Path.exists),
+        (f"{os.getpid()}\n1", Path.exists),
+        ("", Path.exists),
+        (f"{os.getpid()}\n", Path.unlink),
+        (f"{os.getpid()}\n", replace_it),
+    ],
+    ids=["another's", "torn", "longer", "empty", "removed", "replaced"],
+)
+def test_no_other_inherited_file_is_taken_for_the_pid_file(
+    tmp_path: Path, text: str, change: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "pid"
+    fd = open_pid_file(path, text)
+    change(path)
+    assert kvmd_process.find_inherited_pid_file(str(path)) is None
+    os.close(fd)
+
+
+def test_a_pid_file_that_was_inherited_for_reading_is_not_the_daemons(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pid"
+    path.write_text(f"{os.getpid()}\n")
+    with open(path) as reader:
+        assert reader.fileno() > 2
+        assert kvmd_process.find_inherited_pid_file(str(path)) is None
+
+
+def test_an_inherited_pid_file_that_another_has_locked_is_not_taken_over(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "pid"
+    fd = open_pid_file(path, f"{os.getpid()}\n")
+
+    def take_over() -> None:
+        with pytest.raises(kvmd_process.StartError, match="runs already"):
+            kvmd_process.PidFile(str(path), fd)
+
+    fcntl.lockf(fd, fcntl.LOCK_EX)
+    call_in_process(take_over)
+    os.close(fd)
+
+
+def open_descriptors_of_all_kinds(directory: Path) -> list[int]:
+    """Return descriptors of all kinds, of what the kernel has of them."""
+    libc = ctypes.CDLL(None)
+    found = [
+        *os.pipe(),
+        os.open(directory, os.O_PATH),
+        os.open("/dev/null", os.O_RDWR),
+        os.memfd_create("kvmd-test"),
+        libc.inotify_init1(0),
+        libc.epoll_create1(0),
+        libc.eventfd(0, 0),
+    ]
+    for family, kind in ODD_SOCKETS:
+        with suppress(OSError):
+            found.append(socket.socket(family, kind).detach())
+    return found
+
+
+#: AF_KEY is 15, AF_XDP 44: Python has no names for them.
+ODD_SOCKETS = [
+    (socket.AF_INET, socket.SOCK_STREAM),
+    (socket.AF_INET, socket.SOCK_RAW),
+    (socket.AF_UNIX, socket.SOCK_SEQPACKET),
+    (socket.AF_NETLINK, socket.SOCK_RAW),
+    (socket.AF_PACKET, socket.SOCK_RAW),
+    (socket.AF_ALG, socket.SOCK_SEQPACKET),
+    (socket.AF_VSOCK, socket.SOCK_STREAM),
+    (15, socket.SOCK_RAW),
+    (44, socket.SOCK_RAW),
+]
+
+
+def test_all_descriptors_are_closed_but_those_to_be_kept(tmp_path: Path) -> None:
+    def close_and_look() -> None:
+        kept = 2000
+        fds = open_descriptors_of_all_kinds(tmp_path)
+        os.dup2(fds[0], kept)
+        kvmd_process.close_inherited({kept})
+        assert set(kvmd_process.inherited_descriptors()) <= {kept, 3}  # 3: the listing's
+        os.fstat(kept)
+
+    call_in_process(close_and_look)
+
+
+def test_descriptors_of_any_kind_keep_the_daemon_from_nothing(node: Node) -> None:
+    fds = open_descriptors_of_all_kinds(node.directory)
+    names = {os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
+    foreign = {name for name in names if not name.startswith(("/dev/", "anon_inode:"))}
+    assert len(foreign) > 5
+    try:
+        subprocess.run(
+            node.command(),
+            check=True,
+            env=node.environment,
+            pass_fds=fds,
+            timeout=SECONDS,
+        )
+    finally:
+        for fd in fds:
+            os.close(fd)
+    assert foreign.isdisjoint(
+        os.readlink(f"/proc/{node.pid}/fd/{fd}")
+        for fd in os.listdir(f"/proc/{node.pid}/fd")
+    )
+    node.stop()
 
 
 def race_for(pid_file: Path, racers: int) -> int:
@@ -379,6 +567,43 @@ def test_in_the_foreground_the_starters_session_stays_as_it_is(
     with Daemon(control_dir) as daemon:
         assert niceness(daemon.pid)[1] == before
         daemon.stop()
+
+
+def oom_score_adj(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def may_lower_oom_score() -> bool:
+    command = ["sh", "-c", "echo -1000 >/proc/self/oom_score_adj"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def test_it_is_the_last_to_be_killed_when_memory_runs_out(node: Node) -> None:
+    before = oom_score_adj(os.getpid())
+    pid = node.start()
+    lowered = oom_score_adj(pid)
+    assert lowered == -1000 if may_lower_oom_score() else lowered <= before
+    assert oom_score_adj(os.getpid()) == before
+    node.stop()
+
+
+def test_without_the_right_it_goes_back_to_the_score_it_may_have(node: Node) -> None:
+    require_namespaces()
+    raise_it = 'echo 250 >/proc/self/oom_score_adj; exec "$@"'
+    pid = node.start(prefix=("unshare", "--user", "sh", "-ec", raise_it, "sh"))
+    assert oom_score_adj(pid) < oom_score_adj(os.getpid()) + 100
+    node.stop()
+
+
+@pytest.mark.parametrize("score", ["1000\n", "0\n", "-999\n"])
+def test_with_the_right_its_oom_score_is_the_lowest_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
+) -> None:
+    file = tmp_path / "oom_score_adj"
+    file.write_text(score)
+    monkeypatch.setattr(kvmd_process, "OOM_SCORE_ADJ", str(file))
+    kvmd_process.resist_oom_killer()
+    assert file.read_text() == "-1000"
 
 
 def test_the_name_of_the_process_is_ganeti_kvmd_however_it_was_started(
