@@ -30,7 +30,7 @@ from kvmd_process import (
     resist_oom_killer,
     sanitize_process,
 )
-from kvmd_settings import Level, judge_cluster, names_of_node
+from kvmd_settings import Level, host_name, judge_cluster
 from kvmd_systemd import Notifier
 from kvmd_version import DAEMON_NAME, VERSION
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def is_wanted(options: Options, log: Log) -> bool:
     """Ask the cluster's settings; log the one that speaks against running."""
-    for finding in judge_cluster(options.ssconf_dir, names_of_node()):
+    for finding in judge_cluster(options.ssconf_dir, host_name()):
         if finding.level is Level.WARN:
             log.warning(finding.text)
         elif finding.level is Level.FAIL:
@@ -130,9 +130,8 @@ def run(
     options: Options, command: list[str], log: Log, inheritance: Inheritance
 ) -> int:
     """Run the daemon if it is wanted and may run; return the exit status."""
-    if not options.no_cluster_checks and not is_wanted(options, log):
-        if inheritance.pid_file is not None:
-            PidFile(options.pid_file, inheritance.pid_file).remove()
+    is_asked = not options.no_cluster_checks and inheritance.pid_file is None
+    if is_asked and not is_wanted(options, log):
         # Without it, systemd takes the end for a failure, and starts the daemon again.
         Notifier(os.environ).send("READY=1")
         return 0
