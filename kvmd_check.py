@@ -8,11 +8,10 @@ import socket
 import struct
 import sys
 
-from kvmd_daemon import SUFFIXES
 from kvmd_inotify import DirectoryWatch
-from kvmd_journal import open_files
+from kvmd_instances import SUFFIXES
 from kvmd_log import printable
-from kvmd_monitor import socket_identity
+from kvmd_socket import open_files, socket_identity
 from kvmd_settings import (
     Finding,
     Level,
