@@ -24,7 +24,7 @@ from kvmd_qmp import (
     Status,
 )
 from kvmd_systemd import connection_name
-from kvmd_verdict import GuestState, Ruling, Verdict
+from kvmd_verdict import Guest, Ruling, Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class Monitor:
         self.due: float | None = None
         #: The socket it is about, None when its name is gone (`socket_identity`).
         self.identity: int | None = None
-        self.state = GuestState()
+        self.state = Guest()
         self._reactor = reactor
         self._delay = LISTEN_DELAY
         self._socket: socket.socket | None = None
@@ -322,7 +322,7 @@ class Monitor:
             return
         if identity != self.identity:
             self.identity = identity
-            self.state = GuestState()
+            self.state = Guest()
             self._unwritten = None
             self._delay = LISTEN_DELAY
             self.phase, self.since = Phase.CONNECTING, time.monotonic()
@@ -346,7 +346,7 @@ class Monitor:
 
     def _begin(self, connection: socket.socket) -> None:
         """Negotiate at once on a new connection: events before that are lost."""
-        self.state.alive = False
+        self.state.on_connect()
         try:
             connection.send(COMMANDS)
         except OSError:
@@ -556,8 +556,8 @@ class Monitor:
         elif isinstance(message, Status):
             ruling = self.state.on_status(message.status)
         else:
-            ruling = self.state.on_event(message.name, message.data)
-            timestamp = message.timestamp
+            ruling = self.state.on_event(message.name, message.data, message.time)
+            timestamp = message.time
         return None if ruling is None else (ruling, timestamp)
 
     def _end(self) -> None:
@@ -694,13 +694,12 @@ class Monitor:
         """
         monitor = cls(record["instance"], record["suffix"], reactor)
         monitor.identity = record["identity"]
-        monitor.state.restore(record["guest"])
+        monitor.state = Guest.restore(record["guest"])
         if record["unwritten"] is not None:
             ruling, timestamp = record["unwritten"]
             monitor._unwritten = (Ruling.restore(ruling), timestamp)
         if connection is not None:
-            protocol = Protocol()
-            protocol.restore(record["protocol"])
+            protocol = Protocol.restore(record["protocol"])
             monitor._version = record["qemu"]
             monitor.phase = Phase(record["phase"])
             monitor.since = record["since"]

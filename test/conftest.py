@@ -82,7 +82,7 @@ def monitor(reactor: Reactor, fake_qemu: FakeQemu) -> Iterator[Monitor]:
     monitor = Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     fake_qemu.negotiate()
-    while not monitor.state.alive:
+    while not monitor.state.seen_alive:
         monitor.receive()
     yield monitor
     monitor.finish()

@@ -169,7 +169,7 @@ def kept_state(systemd: Systemd) -> dict[str, Any]:
 def is_kept(systemd: Systemd, instance: str) -> bool:
     """Tell whether a daemon that starts now would know that the guest runs."""
     return any(
-        record["instance"] == instance and record["guest"]["alive"]
+        record["instance"] == instance and record["guest"]["seen_alive"]
         for record in kept_state(systemd)["monitors"]
     )
 
