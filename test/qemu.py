@@ -32,6 +32,14 @@ def is_installed() -> bool:
     return shutil.which(PROGRAM) is not None
 
 
+def installed_version() -> str:
+    """Return the version of this machine's QEMU."""
+    result = subprocess.run(
+        [PROGRAM, "--version"], capture_output=True, check=True, text=True
+    )
+    return result.stdout.split("version ")[1].split()[0]
+
+
 class QmpClient:
     """One client of a QMP monitor. `events` are all that have come in so far."""
 

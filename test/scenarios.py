@@ -278,7 +278,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="powerdown-socket-disturbed",
-        how="power button, .kvmd moved, poweroff",
+        how="power button, mv .kvmd, poweroff",
         expected=NOT_USER,
         cause="guest-shutdown,powerdown-requested",
         prepare=ignore_power_button_and_disturb_socket,
