@@ -1,4 +1,4 @@
-"""Real QEMU, real guests: who shut the instance down?"""
+"""Real QEMU, real guests: who shut the instance down."""
 
 from __future__ import annotations
 
