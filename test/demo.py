@@ -24,7 +24,7 @@ from qemu import PROGRAM, Message, Qemu, installed_version, is_installed
 from scenarios import MIGRATION, NOT_USER, RUNS_ON, SCENARIOS, USER, Scenario
 from witness import GONE, Witness
 
-from kvmd import VERSION
+from kvmd_version import VERSION
 
 HEADINGS = {
     USER: "Its user shut the guest down:",
