@@ -30,6 +30,9 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) test/check-pythons $(VENV) -m soak --timeout=0
 
+lint: need-venv ## let ruff and mypy read the code
+	.ci/lint $(VENV)-lint
+
 install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
 	install -m 644 kvmd.py kvmd_*.py $(DESTDIR)$(DATADIR)
@@ -85,9 +88,11 @@ need-bench:
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
-need-tests:
+need-venv:
 	@python3 -c "import ensurepip" 2>/dev/null || { $(APT) update -qq && \
 	$(APT) install -qq -y --no-install-recommends python3-venv; }
+
+need-tests: need-venv
 	@$(call install-packages,start-stop-daemon,dpkg)
 	@$(call install-packages,mandoc,mandoc)
 	@$(call install-packages,man,man-db)
@@ -96,4 +101,4 @@ clean: ## remove what the other targets made
 	rm -rf $(VENV)* dist .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo check soak need-qemu need-tests clean
+.PHONY: help demo check soak lint need-qemu need-tests need-venv clean
