@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import struct
 
 from kvmd_log import write_to_stderr
 from kvmd_version import DAEMON_NAME
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 SYSLOG_SOCKET = "/dev/log"
 #: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.
 NICENESS = -10
+
+
+#: struct flock of fcntl(2), padded to its alignment.
+RECORD_LOCK = struct.Struct("hhqqi0q")
 
 
 class StartError(Exception):
@@ -85,6 +90,28 @@ class PidFile:
         with contextlib.suppress(OSError):  # only the lock counts
             if self._is_at_path(self.fd):
                 os.unlink(self.path)
+
+
+def lock_holder(path: str) -> int | None:
+    """Return the pid that has a file locked, None if nobody has or no file is there.
+
+    The kernel is asked by means of the file, for what /proc/locks has as its device is
+    not what stat(2) has on overlayfs. Not to be called by the holder itself: closing
+    the file would end the lock. Raises OSError.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    question = RECORD_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, _, _, _, pid = RECORD_LOCK.unpack(
+            fcntl.fcntl(fd, fcntl.F_GETLK, question)
+        )
+    finally:
+        os.close(fd)
+    return None if kind == fcntl.F_UNLCK else int(pid)
 
 
 def sanitize_process() -> None:

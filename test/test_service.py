@@ -28,7 +28,7 @@ from status import status_table
 from variant import program_with
 
 import kvmd
-import kvmd_check
+import kvmd_process
 import kvmd_daemon
 import kvmd_log
 import kvmd_options
@@ -249,7 +249,7 @@ def test_only_the_lock_counts(node: Node, text: str) -> None:
 def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
     pid = node.start()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not kvmd_check.lock_holder(str(node.pid_file)), "its lock is gone")
+    wait_until(lambda: not kvmd_process.lock_holder(str(node.pid_file)), "its lock is gone")
     assert node.pid == pid
     assert node.start() != pid
     node.stop()
