@@ -97,7 +97,7 @@ def check_clients(path: str, clients: list[str], daemon: int | None) -> Finding:
     return Finding(
         Level.WARN,
         f"{text}: the daemon, pid {daemon}, waits for QEMU to answer, or for that"
-        f" client to close; to see what it knows: kill -USR1 {daemon}",
+        f" client to close; to see what it knows: ganeti-kvmd --status",
     )
 
 
@@ -285,10 +285,18 @@ def check_node(options: Options) -> Iterator[Finding]:
     yield from check_instances(options.control_dir, names, suffixes, daemon)
 
 
+def check_all(options: Options) -> Iterator[Finding]:
+    """Judge all that can be looked at, and tell of what can not."""
+    try:
+        yield from check_node(options)
+    except OSError as error:
+        yield Finding(Level.FAIL, f"{error.filename}: {error.strerror}; look again")
+
+
 def check(options: Options) -> int:
     """Print a line per finding; return 0 if detection works, else 1."""
     works = True
-    for finding in check_node(options):
+    for finding in check_all(options):
         broken = finding.level in {Level.FAIL, Level.BROKEN}
         works &= not broken
         label = Level.FAIL.value if broken else finding.level.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -264,7 +265,8 @@ def test_of_ganetis_own_daemon_no_status_is_asked_for(
     options = kvmd_options.Options()
     options.control_dir, options.ssconf_dir = str(control_dir), str(ssconf_dir)
     with subprocess.Popen(["sleep", "60"]) as compiled:
-        wait_until(lambda: kvmd_check.command_of(compiled.pid) == "sleep 60", "its start")
+        command = "sleep 60"
+        wait_until(lambda: kvmd_check.command_of(compiled.pid) == command, "it runs")
         monkeypatch.setattr(kvmd_check, "lock_holder", lambda _path: compiled.pid)
         lines = [finding.text for finding in kvmd_check.check_node(options)]
         compiled.kill()
@@ -390,6 +392,21 @@ def test_what_vanishes_while_it_looks_is_no_matter(
         found += looking
         control_dir.mkdir()
     assert found
+
+
+def test_what_can_not_be_looked_at_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_path: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "/proc/self/net/unix")
+
+    monkeypatch.setattr(kvmd_check, "read_bound_sockets", fail)
+    monkeypatch.setattr(kvmd_check, "lock_holder", lambda _path: os.getpid())
+    options = kvmd_options.Options()
+    options.no_cluster_checks = True
+    assert kvmd_check.check(options) == 1
+    line = line_about("Too many open files", capfd.readouterr().out.splitlines())
+    assert line.startswith("FAIL  ") and "/proc/self/net/unix" in line
 
 
 def test_of_a_daemon_that_has_just_ended_no_limit_is_known() -> None:
