@@ -167,7 +167,7 @@ def check_instances(
 
 
 def list_directory(control_dir: str) -> tuple[Finding, set[str]]:
-    """Return whether the control directory can be read, and the names in it."""
+    """Judge the control directory; return the names in it as well. Raises OSError."""
     try:
         names = set(os.listdir(control_dir))
     except FileNotFoundError:
@@ -175,10 +175,7 @@ def list_directory(control_dir: str) -> tuple[Finding, set[str]]:
             Level.WARN,
             f"{control_dir}: not there yet; Ganeti makes it at its first KVM operation",
         ), set()
-    except PermissionError as error:
-        text = f"{control_dir}: {error.strerror}; run this as root"
-        return Finding(Level.FAIL, text), set()
-    except OSError as error:
+    except NotADirectoryError as error:
         return Finding(
             Level.FAIL,
             f"{control_dir}: {error.strerror}; move away what stands there, Ganeti"
@@ -268,14 +265,8 @@ def check_node(options: Options) -> Iterator[Finding]:
     if not options.no_cluster_checks:
         yield from judge_cluster(options.ssconf_dir, names_of_node())
         yield check_user_shutdown_parameter(options.ssconf_dir)
-    daemon = None
-    try:
-        daemon = lock_holder(options.pid_file)
-    except OSError as error:
-        text = f"{options.pid_file}: {error.strerror}; run this as root"
-        yield Finding(Level.FAIL, text)
-    else:
-        yield check_daemon(options.pid_file, daemon)
+    daemon = lock_holder(options.pid_file)
+    yield check_daemon(options.pid_file, daemon)
     yield check_inotify(options.control_dir)
     finding, names = list_directory(options.control_dir)
     yield finding
@@ -286,11 +277,12 @@ def check_node(options: Options) -> Iterator[Finding]:
 
 
 def check_all(options: Options) -> Iterator[Finding]:
-    """Judge all that can be looked at, and tell of what can not."""
+    """Judge the node, up to what can't be looked at, or is not there any more."""
     try:
         yield from check_node(options)
     except OSError as error:
-        yield Finding(Level.FAIL, f"{error.filename}: {error.strerror}; look again")
+        text = f"{error.filename}: {error.strerror}; run this as root, or once more"
+        yield Finding(Level.FAIL, text)
 
 
 def check(options: Options) -> int:
