@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from kvmd_daemon import SUFFIXES
 from kvmd_inotify import DirectoryWatch
+from kvmd_instances import SUFFIXES
 from kvmd_log import printable, write_to_stdout
 from kvmd_process import lock_holder
 from kvmd_settings import (

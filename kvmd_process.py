@@ -10,6 +10,7 @@ import signal
 import struct
 
 from kvmd_log import write_to_stderr
+from kvmd_socket import open_files
 from kvmd_version import DAEMON_NAME
 
 TYPE_CHECKING = False
@@ -184,3 +185,23 @@ def raise_descriptor_limit() -> int:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def find_inherited_pid_file(path: str) -> int | None:
+    """Return the descriptor of the pid file, if this process has restarted in place."""
+    for fd, target in open_files("self"):
+        try:
+            ours = fd > 2 and os.path.samestat(os.fstat(fd), os.lstat(path))
+            if ours and os.pread(fd, 20, 0) == f"{os.getpid()}\n".encode():
+                return fd
+        except OSError:
+            continue
+    return None
+
+
+def close_inherited(keep: set[int]) -> None:
+    """Close all descriptors above 2 but these."""
+    for fd, _ in list(open_files("self")):
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):  # the listing's own, for one
+                os.close(fd)

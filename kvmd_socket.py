@@ -102,6 +102,23 @@ def find_socket_file(path: str, seen: SocketFile | None = None) -> SocketFile | 
     return SocketFile(status.st_dev, status.st_ino, birth, changed)
 
 
+def socket_status(path: str) -> int | None:
+    """Return what lstat(2) tells of a socket file, as one number; None if there is none.
+
+    As long as that is the same, so is the socket. It is 0, which is never the same, if
+    the last change is too recent to be told from the next one.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    if status.st_ctime_ns > time.time_ns() - CLOCK_TICK_NS:
+        return 0
+    return hash((status.st_dev, status.st_ino, status.st_ctime_ns))
+
+
 def socket_identity(path: str) -> tuple[int, int, int] | None:
     """Return what tells the socket at a path from a later one, None if there is none.
 
@@ -240,3 +257,12 @@ def open_files(pid: str) -> Iterator[tuple[int, str]]:
     for name in os.listdir(directory):
         with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
             yield int(name), os.readlink(f"{directory}/{name}")
+
+
+def open_sockets() -> dict[int, int]:
+    """Return this process's sockets above 2: inode number -> descriptor."""
+    sockets = {}
+    for fd, target in open_files("self"):
+        if fd > 2 and target.startswith("socket:["):
+            sockets[int(target[len("socket:[") : -1])] = fd
+    return sockets

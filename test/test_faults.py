@@ -374,20 +374,20 @@ def receive(self):
 kvmd_monitor.Monitor.receive = receive
 """,
     "connecting": """
-original = kvmd_monitor.selectors.EpollSelector.register
+original = kvmd_loop.selectors.EpollSelector.register
 def register(self, file, events, data=None):
     if getattr(data, "instance", None) == "bad":
         raise OSError(28, "patched")
     return original(self, file, events, data)
-kvmd_monitor.selectors.EpollSelector.register = register
+kvmd_loop.selectors.EpollSelector.register = register
 """,
     "timing": """
-original = kvmd_monitor.Reactor.set_timer
-def set_timer(self, monitor, seconds):
-    if monitor.instance == "bad" and seconds < 0.5:
+original = kvmd_loop.Loop.set_timer
+def set_timer(self, owner, seconds):
+    if owner.instance == "bad" and seconds < 0.5:
         raise RuntimeError("patched")
-    return original(self, monitor, seconds)
-kvmd_monitor.Reactor.set_timer = set_timer
+    return original(self, owner, seconds)
+kvmd_loop.Loop.set_timer = set_timer
 """,
 }
 
