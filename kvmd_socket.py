@@ -140,14 +140,13 @@ def _birth(path: bytes) -> int:
     mount = ctypes.c_int()
     if not LIBC.name_to_handle_at(AT_FDCWD, path, handle, ctypes.byref(mount), 0):
         size, _ = HANDLE_HEADER.unpack_from(handle)
-        return int.from_bytes(handle[HANDLE_HEADER.size :][:size], "little")
-    status = ctypes.create_string_buffer(STATX_SIZE)
-    flags = AT_SYMLINK_NOFOLLOW
-    if not LIBC.statx(AT_FDCWD, path, flags, STATX_BTIME, status):
-        if STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
-            seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
-            return int(seconds * 10**9 + nanoseconds)
-    return 0
+        return int.from_bytes(handle.raw[HANDLE_HEADER.size :][:size], "little")
+    status = ctypes.create_string_buffer(STATX_SIZE)  # its mask is 0 after a failure
+    LIBC.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BTIME, status)
+    if not STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
+        return 0
+    seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
+    return int(seconds * 10**9 + nanoseconds)
 
 
 def peer_pid(connection: socket.socket) -> int | None:
@@ -186,7 +185,8 @@ def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
             continue
         # What a name with a line feed in it forges is to be no shorter than a line.
         if [len(field) for field in fields[1:6]] == FIELD_WIDTHS:
-            entry = BoundSocket(bool(flags & SO_ACCEPTCON), state == SS_CONNECTED, inode)
+            listens, is_connected = bool(flags & SO_ACCEPTCON), state == SS_CONNECTED
+            entry = BoundSocket(listens, is_connected, inode)
             sockets.setdefault(name, []).append(entry)
     return sockets
 
