@@ -14,12 +14,26 @@ SOAK_SECONDS = 60
 # One download that fails is no failure.
 APT = apt-get -o Acquire::Retries=3
 
+ifdef SUITE
+# With SUITE=trixie, say, a target is made in a Debian of that release, with the
+# other variables as they are given; `in-suite` makes TARGET there.
+TARGET = $@
+MAKECMDGOALS ?= help
+.PHONY: $(MAKECMDGOALS)
+$(MAKECMDGOALS):
+	@command -v debootstrap >/dev/null || { $(APT) update -qq && \
+	$(APT) install -qq -y --no-install-recommends debootstrap; }
+	test/world/enter $(SUITE) \
+		make $(filter-out SUITE=% TARGET=%,$(MAKEOVERRIDES)) $(TARGET)
+else
+
 # $(call install-packages,COMMAND or FILE to look for,PACKAGES)
 install-packages = command -v $(1) >/dev/null || test -e $(1) || \
 	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
 
 help: ## name the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'with SUITE=NAME, a target is made in a Debian of that release'
 
 demo: need-qemu ## shut down real guests in every way, show each verdict
 	$(PYTHON) test/demo.py
@@ -93,7 +107,8 @@ need-tests:
 	@$(call install-packages,man,man-db)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV)* dist .pytest_cache
+	rm -rf $(VENV)* .worlds dist .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: help demo check soak need-qemu need-tests clean
+endif
