@@ -46,7 +46,7 @@ soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 
 install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
-	install -m 644 kvmd.py kvmd_inotify.py $(DESTDIR)$(DATADIR)
+	install -m 644 kvmd.py kvmd_*.py $(DESTDIR)$(DATADIR)
 	install -m 644 man/ganeti-kvmd.8 $(DESTDIR)$(MANDIR)/man8
 	rm -f $(DESTDIR)$(SBINDIR)/ganeti-kvmd # Ganeti's, a symlink, is not to be followed
 	sed 's|@DATADIR@|$(DATADIR)|' ganeti-kvmd.in >$(DESTDIR)$(SBINDIR)/ganeti-kvmd
@@ -54,7 +54,7 @@ install: ## install below DESTDIR, with PREFIX (default /usr)
 
 # Of these files the package is made, in a copy: nothing else gets into it.
 PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in kvmd.py \
-	kvmd_inotify.py man test
+	$(wildcard kvmd_*.py) man test
 deb: need-packaging ## build the Debian package into dist/
 	rm -rf dist && mkdir -p dist/build/kvmd
 	tar -c --exclude=__pycache__ --exclude=result.json $(PACKAGE_FILES) | \
