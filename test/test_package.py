@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from daemon import ROOT, Daemon
 
-import kvmd
+import kvmd_version
 
 
 @pytest.fixture
@@ -29,14 +29,13 @@ def test_changelog_has_the_version_of_the_program() -> None:
     entry = re.match(r"ganeti-kvmd \((\S+)\) ", (ROOT / "debian/changelog").read_text())
 
     assert entry
-    assert entry[1] == kvmd.VERSION
+    assert entry[1] == kvmd_version.VERSION
 
 
 def test_installs_the_program_its_modules_the_man_page_and_the_drop_in(
     launcher: Path,
 ) -> None:
     prefix = launcher.parents[1]
-    modules = {path.name for path in ROOT.glob("kvmd*.py")}
 
     installed = {
         str(path.relative_to(prefix)): f"{path.stat().st_mode & 0o777:o}"
@@ -47,7 +46,7 @@ def test_installs_the_program_its_modules_the_man_page_and_the_drop_in(
     assert installed == {
         "lib/systemd/system/ganeti-kvmd.service.d/50-kvmd.conf": "644",
         "sbin/ganeti-kvmd": "755",
-        **{f"share/ganeti-kvmd/{module}": "644" for module in modules},
+        **{f"share/ganeti-kvmd/{path.name}": "644" for path in ROOT.glob("kvmd*.py")},
         "share/man/man8/ganeti-kvmd.8": "644",
     }
 
@@ -69,7 +68,7 @@ def test_launcher_heeds_nothing_of_its_callers_python(
     )
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert kvmd.VERSION in done.stdout
+    assert kvmd_version.VERSION in done.stdout
 
 
 def test_launched_daemon_has_the_name_that_ganeti_looks_for(
