@@ -45,7 +45,7 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) test/check-pythons $(VENV) -m soak --timeout=0
 
-MODULES = kvmd.py $(sort $(wildcard kvmd_*.py))
+MODULES = kvmd.py kvmd_*.py
 
 install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8 \
