@@ -1,4 +1,5 @@
 # kvmd: `make help` names the targets.
+.DEFAULT_GOAL = help
 
 PREFIX  = /usr
 SBINDIR = $(PREFIX)/sbin
@@ -15,22 +16,24 @@ SOAK_SECONDS = 60
 # One download that fails is no failure.
 APT = apt-get -o Acquire::Retries=3
 
+# $(call install-packages,COMMAND that needs them,PACKAGES)
+install-packages = command -v $(1) >/dev/null || \
+	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
+
+need-debootstrap:
+	@$(call install-packages,debootstrap,debootstrap)
+.PHONY: need-debootstrap
+
 ifdef SUITE
 # With SUITE=trixie, say, a target is made in a Debian of that release, with the
 # other variables as they are given; `in-suite` makes TARGET there.
 TARGET = $@
-MAKECMDGOALS ?= help
+MAKECMDGOALS ?= $(.DEFAULT_GOAL)
 .PHONY: $(MAKECMDGOALS)
-$(MAKECMDGOALS):
-	@command -v debootstrap >/dev/null || { $(APT) update -qq && \
-	$(APT) install -qq -y --no-install-recommends debootstrap; }
+$(MAKECMDGOALS): need-debootstrap
 	test/world/enter $(SUITE) \
 		make $(filter-out SUITE=% TARGET=%,$(MAKEOVERRIDES)) $(TARGET)
 else
-
-# $(call install-packages,COMMAND that needs them,PACKAGES)
-install-packages = command -v $(1) >/dev/null || \
-	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
 
 help: ## name the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -98,7 +101,9 @@ need-packaging:
 
 check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
-.PHONY: check-ganeti
+check-upgrade: deb need-debootstrap ## upgrade a node of Debian 12 to 13 (as root)
+	test/world/enter bookworm test/ganeti/upgrade trixie
+.PHONY: check-ganeti check-upgrade
 
 # Options of the benchmark: make bench BENCH="--only verdict --repetitions 5"
 BENCH =
