@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import time
 
 from kvmd_file import open_regular_file
@@ -263,6 +264,19 @@ def write_to_stderr(line: str) -> None:
     """Write a line to stderr, and lose it if it can't be written."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
+
+
+def write_to_stdout(text: str) -> None:
+    """Write text and a line feed to stdout; lose it if its reader has gone.
+
+    Ends the program if it can't be written for another reason.
+    """
+    try:
+        os.write(1, text.encode() + b"\n")
+    except BrokenPipeError:
+        pass  # as in `| head`
+    except OSError as error:
+        sys.exit(f"{DAEMON_NAME}: cannot write to stdout: {error.strerror}")
 
 
 def stderr_sink(level: str, line: str) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import struct
 
 from kvmd_file import open_regular_file
 from kvmd_log import write_to_stderr
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 #: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.
 NICENESS = -10
+
+
+#: struct flock of fcntl(2), padded to its alignment.
+RECORD_LOCK = struct.Struct("hhqqi0q")
 
 
 class StartError(Exception):
@@ -116,6 +121,28 @@ def close_inherited(keep: set[int]) -> None:
         if fd not in keep:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+
+def lock_holder(path: str) -> int | None:
+    """Return the pid that has a file locked, None if nobody has or no file is there.
+
+    The kernel is asked by means of the file, for what /proc/locks has as its device is
+    not what stat(2) has on overlayfs. Not to be called by the holder itself: closing
+    the file would end the lock. Raises OSError.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    question = RECORD_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, _, _, _, pid = RECORD_LOCK.unpack(
+            fcntl.fcntl(fd, fcntl.F_GETLK, question)
+        )
+    finally:
+        os.close(fd)
+    return None if kind == fcntl.F_UNLCK else int(pid)
 
 
 def sanitize_process() -> None:

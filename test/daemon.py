@@ -79,6 +79,7 @@ class Daemon:
         node = control_dir.parent
         self.control_dir = control_dir
         self.pid_file = node / "kvmd.pid"
+        self.state_file = node / "kvmd.state"
         self.log_file = node / "kvmd.log"
         self.stderr_file = node / "kvmd.stderr"
         self._command = [
