@@ -36,8 +36,9 @@ def run_and_compare(daemon):
     try:
         run(daemon)
     finally:
-        with open({late!r}, "a") as file:
-            file.writelines(f"{{name}}\\n" for name in set(sys.modules) - before)
+        late = sorted(set(sys.modules) - before)
+        with open({late!r}, "w", encoding="utf-8") as file:
+            file.write(" ".join(late))
 kvmd.Daemon.run = run_and_compare
 {patch}
 sys.exit(kvmd.main())
