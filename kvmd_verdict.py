@@ -219,7 +219,8 @@ class Guest:
             setattr(guest, name, record[name])
         if guest.watchdog_action not in (None, *ENDING_WATCHDOG_ACTIONS):
             guest.watchdog_action = None
-        guest.ruling = guest.ruling and Ruling.restore(guest.ruling)
+        if guest.ruling is not None:
+            guest.ruling = Ruling.restore(guest.ruling)
         return guest
 
     def _judge(self, data: object, time: float | None) -> Ruling:
