@@ -52,12 +52,9 @@ class Ruling(collections.namedtuple("Ruling", "verdict cause")):
     @classmethod
     def restore(cls, record: object) -> Ruling:
         """Return what was exported. Raises ValueError for anything else."""
-        if not isinstance(record, list) or len(record) != 2:
-            raise ValueError("not a verdict and its cause")
-        verdict, cause = record
-        if not isinstance(cause, str):
-            raise ValueError("the cause of a verdict is no text")
-        return cls(Verdict(verdict), cause)
+        if isinstance(record, list) and len(record) == 2 and isinstance(record[1], str):
+            return cls(Verdict(record[0]), record[1])
+        raise ValueError("not a verdict and its cause")
 
 
 #: What each event changes in the state of a guest.

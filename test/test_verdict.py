@@ -320,13 +320,13 @@ def test_every_watchdog_action_of_the_schema_is_in_the_table() -> None:
     assert WATCHDOG_CAUSES.keys() == run_state.members("WatchdogAction")
 
 
-def watchdog(action: object) -> Message:
+def watchdog_event(action: object) -> Message:
     return "WATCHDOG", {"action": action}
 
 
 @pytest.mark.parametrize(("action", "cause"), WATCHDOG_CAUSES.items())
 def test_power_off_by_a_watchdog_is_in_the_cause(action: str, cause: str) -> None:
-    ruling = last_ruling(watchdog(action), "end")
+    ruling = last_ruling(watchdog_event(action), "end")
     assert ruling == Ruling(NOT_USER, "connection-ended" + cause)
 
 
@@ -337,21 +337,21 @@ def test_power_off_by_a_watchdog_is_in_the_cause(action: str, cause: str) -> Non
         "RESET",
         ("WATCHDOG", "poweroff"),
         ("WATCHDOG", {}),
-        watchdog("verdict=user"),
-        watchdog(["poweroff"]),
-        watchdog({}),
-        watchdog(None),
+        watchdog_event("verdict=user"),
+        watchdog_event(["poweroff"]),
+        watchdog_event({}),
+        watchdog_event(None),
     ],
 )
 def test_action_of_a_watchdog_counts_until_the_next_one_or_boot(
     event: str | Message,
 ) -> None:
-    ruling = last_ruling(watchdog("poweroff"), event, "end")
+    ruling = last_ruling(watchdog_event("poweroff"), event, "end")
     assert ruling == Ruling(NOT_USER, "connection-ended")
 
 
 def test_watchdog_says_nothing_against_a_shutdown() -> None:
-    assert last_verdict(watchdog("poweroff"), POWEROFF) is USER
+    assert last_verdict(watchdog_event("poweroff"), POWEROFF) is USER
 
 
 def test_what_is_known_of_the_guest_outlives_the_connection() -> None:
@@ -441,7 +441,13 @@ def test_status_changes_nothing_once_the_verdict_is_given() -> None:
 def known_guest() -> Guest:
     """Return a guest of which each attribute differs from a new one's."""
     guest = Guest()
-    events = ("POWERDOWN", "STOP", "GUEST_PANICKED", watchdog("poweroff"), POWEROFF)
+    events = (
+        "POWERDOWN",
+        "STOP",
+        "GUEST_PANICKED",
+        watchdog_event("poweroff"),
+        POWEROFF,
+    )
     take(guest, *events)
     return guest
 
@@ -474,7 +480,7 @@ def test_unknown_watchdog_action_in_a_record_is_none() -> None:
     assert Guest.restore(record).watchdog_action is None
 
 
-OTHER_TYPES = [None, True, 1, 1.5, "user", [], {}]
+OTHER_TYPES: list[object] = [None, True, 1, 1.5, "user", [], {}]
 RIGHT_TYPES = {
     "powerdown_requested": (True,),
     "powerdown_time": (None, 1.5),
@@ -529,7 +535,7 @@ STATUS_LETTERS = {
     "3": "shutdown",
     "4": "guest-panicked",
 }
-EVENTS: dict[str, tuple[str, Any, Optional[float]]] = {
+EVENTS: dict[str, tuple[str, Any, float | None]] = {
     "P": ("POWERDOWN", None, NOON),
     "Q": ("POWERDOWN", None, NOON + HOUR),
     "N": ("POWERDOWN", None, None),
@@ -619,9 +625,8 @@ def answers_by_contract(facts: Facts | None) -> Answers:
     for cause, number, time in shutdowns():
         answers[cause, number, time] = verdict_by_contract(cause, time, facts)
     if facts.seen_alive:
-        answers[END] = "not-user connection-ended"
-        if facts.watchdog_powered_off:
-            answers[END] += ",watchdog-poweroff"
+        watchdog = ",watchdog-poweroff" if facts.watchdog_powered_off else ""
+        answers[END] = "not-user connection-ended" + watchdog
     return answers
 
 
