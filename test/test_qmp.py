@@ -564,6 +564,24 @@ def test_first_bad_line_is_complained_of(negotiated: Protocol) -> None:
     assert negotiated.complaint.endswith(r"""b'{"event": "STOP"'""")
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"error": {"class": "CommandNotFound"}}', "a command was refused: "),
+        (b"{}", "neither greeting, answer nor event: b'{}'"),
+        (b"[]", "neither greeting, answer nor event: b'[]'"),
+        (b'{"return": 1, "id": "kvmd-status"}', "no status in the answer to query-"),
+        (b"x" * (kvmd_qmp.LINE_LIMIT + 1), "a line of more than 65536 bytes: b'xxx"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (b"x", "Expecting value: line 1 column 1 (char 0): b'x'"),
+    ],
+)
+def test_complaint_says_what_is_bad(line: bytes, complaint: str) -> None:
+    protocol = Protocol()
+    receive(protocol, [GREETING + line + b"\n"])
+    assert (protocol.complaint or "").startswith(complaint)
+
+
 def test_second_greeting_is_skipped_with_a_complaint(negotiated: Protocol) -> None:
     greeting = b'{"QMP": {"version": {}}}\n'
     protocol = Protocol()
