@@ -144,7 +144,7 @@ def test_every_option_and_its_default_is_on_the_page(page: str) -> None:
 
 def test_exit_statuses_are_those_on_the_page(page: str) -> None:
     done = run_program("--version")
-    failed = run_program("--no-cluster-checks", "--log-file=/no/such/directory/log")
+    failed = run_program("--no-cluster-checks", "--pid-file=/no/such/directory/pid")
     misused = run_program("--no-such-option")
     statuses = [done.returncode, failed.returncode, misused.returncode]
     assert statuses == [0, 1, 2]
