@@ -34,9 +34,10 @@ from kvmd_process import (
     report_to_nobody,
     sanitize_process,
 )
-from kvmd_settings import Level, judge_cluster, names_of_node
 from kvmd_restart import Restart
+from kvmd_settings import Level, judge_cluster, names_of_node
 from kvmd_socket import open_sockets
+from kvmd_status import status
 from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
 
@@ -90,7 +91,7 @@ def read_earlier_journal(options: Options, log: Log) -> Contents:
 def adopt_connections(
     earlier: Contents, sockets: dict[int, int]
 ) -> dict[int, socket.socket]:
-    """Return those inherited sockets that are connections of the daemon's; close others.
+    """Return the inherited sockets that are the daemon's connections; close others.
 
     All are given, and returned, by inode number.
     """
@@ -172,6 +173,8 @@ def main() -> int:
         return 0
     if options.check:
         return check(options)
+    if options.status:
+        return status(options)
     command = options.command()  # its path may be relative to where we are now
     inherited = find_inherited_pid_file(options.pid_file)
     sockets = open_sockets()

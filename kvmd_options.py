@@ -28,6 +28,7 @@ class Options:
         self.socket_suffix = "auto"
         self.rescan_interval = 15.0
         self.check = False
+        self.status: str | None = None
         self.version = False
 
     def command(self) -> list[str]:
@@ -63,6 +64,13 @@ def parse_arguments(arguments: list[str]) -> Options:
         (["--check"], "say what prevents detection on this node, then exit"),
     ]:
         add(*flags, action="store_true", help=meaning)
+    add(
+        "--status",
+        nargs="?",
+        const="text",
+        choices=["text", "json"],
+        help="say how each instance stands, for people or for programs, then exit",
+    )
     add(
         "--syslog",
         choices=["no", "yes", "only"],
