@@ -32,6 +32,7 @@ from kvmd_process import (
     raise_descriptor_limit,
     raise_priority,
     report_to_nobody,
+    resist_oom_killer,
     sanitize_process,
 )
 from kvmd_restart import Restart
@@ -210,6 +211,7 @@ def run(
             f"{DAEMON_NAME}: must run as root (or with --no-user-checks, for trials)"
         )
         return 1
+    resist_oom_killer()
     log.flush()  # before another process goes on
     return serve(options, command, log, inherited, sockets)
 

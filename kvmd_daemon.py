@@ -104,7 +104,8 @@ class Daemon:
         for instance, record in earlier.records.items():
             connected = sockets.pop(record.get("connection"), None)
             try:
-                if record["phase"] == "gone":
+                last = record["last"]
+                if record["phase"] == "gone" and last["file"] is not None:
                     self._journal.gone[instance] = record
                 elif not self._instances.restore(record, connected):
                     continue

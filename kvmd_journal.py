@@ -30,9 +30,9 @@ import contextlib
 import errno
 import json
 import os
-import stat
 import time
 
+from kvmd_file import open_regular_file
 from kvmd_version import VERSION
 
 TYPE_CHECKING = False
@@ -225,10 +225,8 @@ def read_journal(path: str) -> Contents:
     The last is None if nothing was. Raises OSError, and ValueError for a file that is
     not of this program, of another format, or of another boot.
     """
-    with open(path, "rb", opener=open_for_reading) as file:
+    with open(open_regular_file(path, os.O_RDONLY), "rb") as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
         if status.st_uid != os.geteuid() or status.st_nlink != 1:
             raise ValueError("another user's file, or linked to from elsewhere")
         lines = file.read().split(b"\n")
@@ -238,11 +236,6 @@ def read_journal(path: str) -> Contents:
     if header.get("boot") != boot_id():
         raise ValueError("from before the last boot")
     return Contents(header, *parse_records(lines[1:-1]))
-
-
-def open_for_reading(path: str, flags: int) -> int:
-    """Open a file, but no symlink, and no fifo to wait for."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def parse_records(

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from daemon import INSTANCE, Daemon, control_directory
 from fake_qemu import FakeQemu
+from node import Node
 from qemu import PROGRAM, Qemu, is_installed
 
 from kvmd_journal import Journal
@@ -46,6 +47,14 @@ def daemon(control_dir: Path) -> Iterator[Daemon]:
     with Daemon(control_dir) as daemon:
         yield daemon
         daemon.stop()
+
+
+@pytest.fixture
+def node(control_dir: Path) -> Iterator[Node]:
+    """Return a node with the settings that kvmd needs; nothing may be left running."""
+    node = Node(control_dir)
+    yield node
+    node.end()
 
 
 @pytest.fixture

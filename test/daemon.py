@@ -24,6 +24,12 @@ INSTANCE = "web1.example.com"
 # Every warning of the interpreter's is an error, that of an unclosed socket, say.
 INTERPRETER = (sys.executable, "-X", "dev", "-W", "error")
 
+# A line of its log.
+LOG_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: ganeti-kvmd pid=\d+"
+    r" (DEBUG|INFO|WARNING|ERROR) \S.*"
+)
+
 # What the daemon logs when it is at work.
 _AT_WORK = " INFO started"
 

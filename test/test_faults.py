@@ -558,7 +558,7 @@ def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
     fake_qemu.bind()
     monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
-    monitor.state.on_event("POWERDOWN", None)
+    monitor.state.on_event("POWERDOWN", None, None)
     monitor.connect()
     assert monitor.state.powerdown_requested
     os.utime(fake_qemu.path, ns=(0, 0))  # as of another file with that inode number
