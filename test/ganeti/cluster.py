@@ -268,12 +268,6 @@ def waiting_for_end(pid: int) -> Iterator[None]:
 # ---- The daemon ----------------------------------------------------------------------
 
 
-def built_package() -> Path:
-    """Return the newest package that `make deb` left."""
-    packages = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
-    return max(packages, key=lambda package: package.stat().st_mtime)
-
-
 def daemon_util(action: str) -> None:
     """Start, stop, check the daemon as Ganeti does."""
     run("/usr/lib/ganeti/daemon-util", action, "ganeti-kvmd")
