@@ -92,7 +92,7 @@ def read_earlier_journal(options: Options, log: Log) -> Contents:
 def adopt_connections(
     earlier: Contents, sockets: dict[int, int]
 ) -> dict[int, socket.socket]:
-    """Return those inherited sockets that are connections of the daemon's; close others.
+    """Return the inherited sockets that are the daemon's connections; close others.
 
     All are given, and returned, by inode number.
     """

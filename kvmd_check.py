@@ -166,7 +166,7 @@ def check_instances(
         yield from check_instance(path, names, suffixes, clients, daemon)
 
 
-def list_directory(control_dir: str) -> tuple[Finding, set[str]]:
+def check_directory(control_dir: str) -> tuple[Finding, set[str]]:
     """Judge the control directory; return the names in it as well. Raises OSError."""
     try:
         names = set(os.listdir(control_dir))
@@ -268,7 +268,7 @@ def check_node(options: Options) -> Iterator[Finding]:
     daemon = lock_holder(options.pid_file)
     yield check_daemon(options.pid_file, daemon)
     yield check_inotify(options.control_dir)
-    finding, names = list_directory(options.control_dir)
+    finding, names = check_directory(options.control_dir)
     yield finding
     suffixes = SUFFIXES[options.socket_suffix]
     if daemon is not None and is_ganetis(daemon):

@@ -67,6 +67,14 @@ def parse_arguments(arguments: list[str]) -> Options:
     ]:
         add(*flags, action="store_true", help=meaning)
     add(
+        "--status",
+        nargs="?",
+        const="text",
+        choices=["text", "json"],
+        help="say how each instance stands, for people (default) or for programs, then"
+        " exit",
+    )
+    add(
         "--syslog",
         choices=["no", "yes", "only"],
         help="log to syslog as well (yes) or instead (only), but no debug messages"
@@ -97,13 +105,6 @@ def parse_arguments(arguments: list[str]) -> Options:
         type=interval,
         help="how often to look for sockets that no event told of, 0 for never"
         f" (default: {options.rescan_interval:g})",
-    )
-    add(
-        "--status",
-        choices=["text", "json"],
-        nargs="?",
-        const="text",
-        help="say how each instance stands, then exit (default: text)",
     )
     # Not argparse's own action, which asks no more what other options there are: a
     # restart in place tries the new program with the options that it will get.
