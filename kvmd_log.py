@@ -27,6 +27,9 @@ SYSLOG_SOCKET = "/dev/log"
 #: Level -> priority, of the facility LOG_DAEMON (syslog(3)).
 SYSLOG_PRIORITIES = {"ERROR": 3 << 3 | 3, "WARNING": 3 << 3 | 4, "INFO": 3 << 3 | 6}
 
+#: Calls in a traceback.
+LONGEST_TRACEBACK = 30
+
 UNOPENED = "the log file can't be opened"
 UNWRITABLE = "the log file can't be written"
 
@@ -39,24 +42,23 @@ def printable(text: str) -> str:
 
 
 def traceback_of(error: BaseException) -> list[str]:
-    """Return the lines of an exception's traceback.
+    """Return the lines of an exception's traceback, with the innermost calls.
 
     Not the traceback module's: it reads the program's text, which may be gone by now,
     or another version's.
     """
-    lines: list[str] = []
+    calls: list[str] = []
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        place = f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}"
-        lines.append(f"  {place}")
+        calls.append(f"  {code.co_filename}, line {trace.tb_lineno}, in {code.co_name}")
         trace = trace.tb_next
     try:
         text = str(error)
-    except Exception:
+    except Exception:  # noqa: BLE001 (whatever it is, it must not hide the first one)
         text = "(what it says can't be told)"
     last = f"{type(error).__name__}: {text}"
-    return ["Traceback (most recent call last):", *lines[-Log.LONGEST_TRACEBACK :], last]
+    return ["Traceback (most recent call last):", *calls[-LONGEST_TRACEBACK:], last]
 
 
 class Log:
@@ -72,8 +74,6 @@ class Log:
     PERIOD = 60.0
     #: Characters that may be queued.
     QUEUE_LIMIT = 65536
-    #: Calls, the innermost ones, that an exception's traceback names.
-    LONGEST_TRACEBACK = 30
 
     def __init__(
         self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()
@@ -239,7 +239,7 @@ class Log:
                 self._torn = not data[:written].endswith(b"\n")
                 data = data[written:]
         except OSError as error:
-            self.begin_trouble(UNWRITABLE, f"{error.strerror}; logging to syslog as well")
+            self.begin_trouble(UNWRITABLE, f"{error.strerror}; logging to syslog too")
             return False
         self.end_trouble(UNWRITABLE)
         return True
