@@ -91,6 +91,8 @@ class Log:
         #: (time.time(), level, message) of each line that is not written yet.
         self._queue: list[tuple[float, str, str]] = []
         self._queued = 0
+        #: The second (of time.time()) of the last line, and how it is written.
+        self._second, self._date = -1, ""
         self._troubles: set[str] = set()
         #: Instance -> lines in the period that ends then (time.monotonic()).
         self._lines: dict[str, int] = {}
@@ -247,14 +249,15 @@ class Log:
     def _take_queue(self) -> list[tuple[str, str]]:
         """Return level and text of each queued line; none is queued any more."""
         queue, self._queue, self._queued = self._queue, [], 0
-        lines, second, date = [], 0, ""
+        lines = []
         for moment, level, message in queue:
-            if int(moment) != second:
-                second = int(moment)
-                date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            if int(moment) != self._second:
+                self._second = int(moment)
+                date = time.localtime(self._second)
+                self._date = time.strftime("%Y-%m-%d %H:%M:%S", date)
             line = (
-                f"{date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME} pid={os.getpid()}"
-                f" {level} {printable(message)}"
+                f"{self._date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME}"
+                f" pid={os.getpid()} {level} {printable(message)}"
             )
             lines.append((level, line))
         return lines
