@@ -27,15 +27,15 @@ $(MAKECMDGOALS):
 		make $(filter-out SUITE=% TARGET=%,$(MAKEOVERRIDES)) $(TARGET)
 else
 
-# $(call install-packages,COMMAND or FILE to look for,PACKAGES)
-install-packages = command -v $(1) >/dev/null || test -e $(1) || \
+# $(call install-packages,COMMAND that needs them,PACKAGES)
+install-packages = command -v $(1) >/dev/null || \
 	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
 
 help: ## name the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo 'with SUITE=NAME, a target is made in a Debian of that release'
 
-demo: need-qemu ## shut down real guests in every way, show each verdict
+demo: need-python need-qemu ## shut down real guests in every way, show each verdict
 	$(PYTHON) test/demo.py
 
 check: need-qemu need-tests ## run all tests, on the oldest and newest Python too
@@ -96,13 +96,18 @@ need-bench:
 	$(APT) install -qq -y --no-install-recommends $(BENCH_PACKAGES); }
 .PHONY: bench need-bench
 
+need-python:
+	@$(call install-packages,$(PYTHON),python3)
+
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
+# Debian's pytest for Debian's Python, unless it can have a virtual environment.
 need-tests:
-	@python3 -c "import ensurepip" 2>/dev/null || { $(APT) update -qq && \
-	$(APT) install -qq -y --no-install-recommends python3-venv; }
-	@$(call install-packages,start-stop-daemon,dpkg)
+	@python3 -c "import ensurepip" 2>/dev/null || \
+	python3 -c "import pytest, pytest_timeout" 2>/dev/null || \
+	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends \
+	python3 python3-pytest python3-pytest-timeout; }
 	@$(call install-packages,mandoc,mandoc)
 	@$(call install-packages,man,man-db)
 
@@ -110,5 +115,5 @@ clean: ## remove what the other targets made
 	rm -rf $(VENV)* .worlds dist .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo check soak need-qemu need-tests clean
+.PHONY: help demo check soak need-python need-qemu need-tests clean
 endif
