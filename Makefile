@@ -4,6 +4,7 @@ PREFIX  = /usr
 SBINDIR = $(PREFIX)/sbin
 DATADIR = $(PREFIX)/share/ganeti-kvmd
 MANDIR  = $(PREFIX)/share/man
+UNITDIR = $(PREFIX)/lib/systemd/system
 DESTDIR =
 
 PYTHON = python3
@@ -44,17 +45,22 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) test/check-pythons $(VENV) -m soak --timeout=0
 
+MODULES = kvmd.py $(sort $(wildcard kvmd_*.py))
+
 install: ## install below DESTDIR, with PREFIX (default /usr)
-	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8
-	install -m 644 kvmd.py kvmd_inotify.py $(DESTDIR)$(DATADIR)
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8 \
+		$(DESTDIR)$(UNITDIR)/ganeti-kvmd.service.d
+	install -m 644 $(MODULES) $(DESTDIR)$(DATADIR)
 	install -m 644 man/ganeti-kvmd.8 $(DESTDIR)$(MANDIR)/man8
+	install -m 644 ganeti-kvmd.service.d/50-kvmd.conf \
+		$(DESTDIR)$(UNITDIR)/ganeti-kvmd.service.d
 	rm -f $(DESTDIR)$(SBINDIR)/ganeti-kvmd # Ganeti's, a symlink, is not to be followed
 	sed 's|@DATADIR@|$(DATADIR)|' ganeti-kvmd.in >$(DESTDIR)$(SBINDIR)/ganeti-kvmd
 	chmod 755 $(DESTDIR)$(SBINDIR)/ganeti-kvmd
 
 # Of these files the package is made, in a copy: nothing else gets into it.
-PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in kvmd.py \
-	kvmd_inotify.py man test
+PACKAGE_FILES = .ci LICENSE Makefile README.md debian ganeti-kvmd.in \
+	ganeti-kvmd.service.d man test $(MODULES)
 deb: need-packaging ## build the Debian package into dist/
 	rm -rf dist && mkdir -p dist/build/kvmd
 	tar -c --exclude=__pycache__ --exclude=result.json $(PACKAGE_FILES) | \
@@ -62,23 +68,30 @@ deb: need-packaging ## build the Debian package into dist/
 	cd dist/build/kvmd && dpkg-buildpackage --unsigned-source --unsigned-changes
 	mv dist/build/*.* dist && rm -r dist/build
 
-lint-deb: deb ## let lintian look at the package, and systemd at its unit
+lint-deb: deb ## let lintian look at the package, and systemd at the unit with it
 	@$(call install-packages,lintian,lintian)
 	@$(call install-packages,systemd-analyze,systemd)
-	@rating=$$(systemd-analyze security --offline=true --no-pager --threshold=15 \
-		debian/ganeti-kvmd.service) || { echo "$$rating"; false; }
-	lintian --pedantic --display-info --fail-on error,warning,info,pedantic \
-		--allow-root dist/*.changes
+	test/package/lint
+	test/package/ganeti-with-units
+	test/package/rate-unit
 
 check-package: lint-deb ## install the package beside Ganeti's, in namespaces (as root)
 	test/package/reproducible
 	test/ganeti/throwaway $(PYTHON) /checkout/test/package/check.py
 
+# The releases on which the build has to be the same as here, byte for byte.
+RELEASES = bookworm trixie sid
+check-releases: deb ## build the package on other releases too, and compare
+	@$(call install-packages,debootstrap,debootstrap)
+	set -e; for suite in $(RELEASES); do \
+		test/world/enter $$suite test/package/reproducible; \
+	done
+
 need-packaging:
 	@$(call install-packages,dpkg-buildpackage,dpkg-dev)
 	@dpkg-checkbuilddeps 2>/dev/null || { $(APT) update -qq && \
 	$(APT) build-dep -qq -y --no-install-recommends ./; }
-.PHONY: install deb lint-deb check-package need-packaging
+.PHONY: install deb lint-deb check-package check-releases need-packaging
 
 check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
