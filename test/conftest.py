@@ -16,7 +16,9 @@ from daemon import INSTANCE, Daemon, control_directory
 from fake_qemu import FakeQemu
 from qemu import PROGRAM, Qemu, is_installed
 
-import kvmd
+from kvmd_log import Log
+from kvmd_monitor import Monitor, Reactor
+from kvmd_systemd import Notifier
 
 StartQemu = Callable[..., Qemu]
 
@@ -64,20 +66,20 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
 
 
 @pytest.fixture
-def reactor(control_dir: Path) -> Iterator[kvmd.Reactor]:
+def reactor(control_dir: Path) -> Iterator[Reactor]:
     """Return what a monitor needs, with a log that is thrown away."""
-    reactor = kvmd.Reactor(
-        str(control_dir), kvmd.Log(None, []), kvmd.Notifier({}), descriptor_limit=100
+    reactor = Reactor(
+        str(control_dir), Log(None, []), Notifier({}), descriptor_limit=100
     )
     yield reactor
     reactor.selector.close()
 
 
 @pytest.fixture
-def monitor(reactor: kvmd.Reactor, fake_qemu: FakeQemu) -> Iterator[kvmd.Monitor]:
+def monitor(reactor: Reactor, fake_qemu: FakeQemu) -> Iterator[Monitor]:
     """Return a monitor that has negotiated with the fake QEMU."""
     fake_qemu.listen()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     fake_qemu.negotiate()
     while not monitor.state.alive:

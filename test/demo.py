@@ -22,7 +22,7 @@ from qemu import PROGRAM, Qemu, is_installed
 from scenarios import MIGRATION, NOT_USER, RUNS_ON, SCENARIOS, USER, Scenario
 from witness import Witness
 
-from kvmd import VERSION
+from kvmd_version import VERSION
 
 ROW = "{:42}  {:8}  {:8}  {:>5}  {}"
 

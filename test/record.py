@@ -20,7 +20,7 @@ from deadline import SECONDS
 from qemu import Qemu
 from scenarios import MIGRATION, RUNS_ON, SCENARIOS, Scenario, kill
 
-from kvmd import COMMANDS
+from kvmd_qmp import COMMANDS
 
 DATA = ROOT / "test" / "data"
 

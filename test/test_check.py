@@ -14,7 +14,9 @@ from deadline import wait_until
 from fake_qemu import FakeQemu
 from status import status_table
 
-import kvmd
+import kvmd_check
+import kvmd_options
+import kvmd_settings
 
 NODE = "node1.example.com"
 SETTINGS = {
@@ -151,20 +153,20 @@ def test_an_instance_that_the_daemon_waits_for_is_worth_a_warning(
 @pytest.mark.parametrize(
     ("clients", "daemon", "level"),
     [
-        (["ganeti-kvmd, pid 7"], 7, kvmd.Level.OK),
-        (["socat, pid 8"], 7, kvmd.Level.WARN),
-        (["socat, pid 77"], 7, kvmd.Level.WARN),
-        (["socat, pid 8", "ganeti-kvmd, pid 7"], 7, kvmd.Level.OK),
-        (["unknown process"], 7, kvmd.Level.OK),
-        ([], 7, kvmd.Level.WARN),
-        (["socat, pid 8"], None, kvmd.Level.OK),
-        ([], None, kvmd.Level.OK),
+        (["ganeti-kvmd, pid 7"], 7, kvmd_settings.Level.OK),
+        (["socat, pid 8"], 7, kvmd_settings.Level.WARN),
+        (["socat, pid 77"], 7, kvmd_settings.Level.WARN),
+        (["socat, pid 8", "ganeti-kvmd, pid 7"], 7, kvmd_settings.Level.OK),
+        (["unknown process"], 7, kvmd_settings.Level.OK),
+        ([], 7, kvmd_settings.Level.WARN),
+        (["socat, pid 8"], None, kvmd_settings.Level.OK),
+        ([], None, kvmd_settings.Level.OK),
     ],
 )
 def test_clients_of_a_socket(
-    clients: list[str], daemon: int | None, level: kvmd.Level
+    clients: list[str], daemon: int | None, level: kvmd_settings.Level
 ) -> None:
-    finding = kvmd.check_clients("/ctrl/a.kvmd", clients, daemon)
+    finding = kvmd_check.check_clients("/ctrl/a.kvmd", clients, daemon)
     assert finding.level is level
     assert all(client in finding.text for client in clients)
 
@@ -250,12 +252,12 @@ def test_of_ganetis_own_daemon_no_status_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_qemu.listen()
-    options = kvmd.Options()
+    options = kvmd_options.Options()
     options.control_dir, options.ssconf_dir = str(control_dir), str(ssconf_dir)
     with subprocess.Popen(["sleep", "60"]) as compiled:
-        wait_until(lambda: kvmd.command_of(compiled.pid) == "sleep 60", "its start")
-        monkeypatch.setattr(kvmd, "lock_holder", lambda _path: compiled.pid)
-        lines = [finding.text for finding in kvmd.check_node(options)]
+        wait_until(lambda: kvmd_check.command_of(compiled.pid) == "sleep 60", "its start")
+        monkeypatch.setattr(kvmd_check, "lock_holder", lambda _path: compiled.pid)
+        lines = [finding.text for finding in kvmd_check.check_node(options)]
         compiled.kill()
     assert "it is Ganeti's own (sleep 60)" in line_about("a daemon runs", lines)
     assert line_about(f"{INSTANCE}.kvmd", lines).endswith("nobody connected")
@@ -265,7 +267,7 @@ def test_the_peer_of_a_socket_is_found() -> None:
     one, other = socket.socketpair()
     with one, other:
         inodes = [os.fstat(end.fileno()).st_ino for end in (one, other)]
-        peers = kvmd.read_peers()
+        peers = kvmd_check.read_peers()
         assert [peers[inode] for inode in inodes] == inodes[::-1]
         mine = f", pid {os.getpid()}"
-        assert kvmd.read_holders({inodes[0]})[inodes[0]].endswith(mine)
+        assert kvmd_check.read_holders({inodes[0]})[inodes[0]].endswith(mine)

@@ -27,7 +27,12 @@ from status import status_table
 from systemd import Service, Systemd
 from variant import program_with
 
-import kvmd
+import kvmd_daemon
+import kvmd_journal
+import kvmd_log
+import kvmd_monitor
+import kvmd_qmp
+import kvmd_systemd
 
 RESET = event_line("RESET")
 POWERDOWN = event_line("POWERDOWN")
@@ -71,12 +76,12 @@ SUICIDE = """
 import os
 
 def arm_when(thing):
-    receive = kvmd.Protocol.receive
+    receive = kvmd_qmp.Protocol.receive
     def armed(protocol, data):
         global is_armed
         is_armed |= thing in data
         return receive(protocol, data)
-    kvmd.Protocol.receive = armed
+    kvmd_qmp.Protocol.receive = armed
 
 def die(when, owner, name):
     call = getattr(owner, name)
@@ -92,20 +97,20 @@ def die(when, owner, name):
 is_armed = False
 """
 AROUND_THE_FILE = [
-    'die("before", kvmd, "create_shutdown_file")',
-    'die("after", kvmd, "create_shutdown_file")',
+    'die("before", kvmd_monitor, "create_shutdown_file")',
+    'die("after", kvmd_monitor, "create_shutdown_file")',
 ]
 BEFORE_THE_STATE_IS_KEPT = [
-    'die("before", kvmd.Daemon, "_keep_state")',
-    'die("after", kvmd, "write_state_file")',
+    'die("before", kvmd_daemon.Daemon, "_keep_state")',
+    'die("after", kvmd_daemon, "write_state_file")',
 ]
 SINCE_THE_STATE_IS_KEPT = [
-    'die("before", kvmd.Monitor, "consume")',
-    'die("after", kvmd.Monitor, "consume")',
+    'die("before", kvmd_monitor.Monitor, "consume")',
+    'die("after", kvmd_monitor.Monitor, "consume")',
 ]
 AT_THE_END = [
-    'die("before", kvmd.Monitor, "_disconnect")',
-    'die("after", kvmd.Monitor, "_disconnect")',
+    'die("before", kvmd_monitor.Monitor, "_disconnect")',
+    'die("after", kvmd_monitor.Monitor, "_disconnect")',
 ]
 
 StartDeadly = Callable[[bytes, str], Service]
@@ -153,7 +158,7 @@ def kept_state(systemd: Systemd) -> dict[str, Any]:
     """Return the newest state in the store."""
     states = systemd.use_store(
         lambda store: [
-            kvmd.read_state_file(stored.fd)
+            kvmd_journal.read_state_file(stored.fd)
             for stored in store
             if stored.name.startswith("state-")
         ]
@@ -286,7 +291,7 @@ def test_a_crash_in_the_midst_of_a_line_leaves_it_whole(
     ("beginning", "end"),
     [
         (b'{"event": "VNC_CONN', b'ECTED"}\r\n'),
-        (b"x" * (kvmd.LINE_LIMIT + 1), b"\r\n"),
+        (b"x" * (kvmd_qmp.LINE_LIMIT + 1), b"\r\n"),
     ],
     ids=["of no interest", "overlong"],
 )
@@ -362,7 +367,7 @@ def test_a_file_that_could_not_be_made_before_the_crash_is_made_after_it(
     program = program_with(
         control_dir.parent,
         "def full(*_): raise OSError(28, 'No space left on device')\n"
-        "kvmd.create_shutdown_file = full\n",
+        "kvmd_monitor.create_shutdown_file = full\n",
     )
     with Service(systemd, control_dir, program=program) as unlucky:
         negotiate(fake_qemu, systemd)
@@ -454,7 +459,7 @@ def test_nothing_piles_up_in_the_store(
     assert {name.split("-")[0] for name in systemd.names} == {"state"}
 
 
-def turn(monitor: kvmd.Monitor) -> Iterator[None]:
+def turn(monitor: kvmd_monitor.Monitor) -> Iterator[None]:
     """Have a monitor do what it does in one turn of the loop, step by step."""
     monitor.receive()
     yield
@@ -463,11 +468,11 @@ def turn(monitor: kvmd.Monitor) -> Iterator[None]:
 
 
 def life(
-    monitor: kvmd.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """Take a monitor through all that may change what is to be known of it."""
     for name in ("create_shutdown_file", "remove_shutdown_file"):
-        monkeypatch.setattr(kvmd, name, lambda path, *_: os.rmdir(path))  # fails
+        monkeypatch.setattr(kvmd_monitor, name, lambda path, *_: os.rmdir(path))  # fails
     fake_qemu.listen()
     monitor.connect()
     yield
@@ -500,10 +505,10 @@ def test_the_record_of_an_instance_is_how_it_stands(
     is_kept: bool,
 ) -> None:
     environment = {"NOTIFY_SOCKET": str(systemd.notify_socket)} if is_kept else {}
-    notifier = kvmd.Notifier(environment)
-    log = kvmd.Log(None, [])
-    reactor = kvmd.Reactor(str(control_dir), log, notifier, descriptor_limit=100)
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    notifier = kvmd_systemd.Notifier(environment)
+    log = kvmd_log.Log(None, [])
+    reactor = kvmd_monitor.Reactor(str(control_dir), log, notifier, descriptor_limit=100)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     kept = monitor.record()
     for _ in life(monitor, fake_qemu, monkeypatch):
         assert monitor.record() == json.dumps(monitor.export())
@@ -512,7 +517,7 @@ def test_the_record_of_an_instance_is_how_it_stands(
             assert reactor.changed
             reactor.changed = False
         kept = now
-    assert monitor.phase is kvmd.Phase.ENDED
+    assert monitor.phase is kvmd_monitor.Phase.ENDED
     assert (monitor.record() is monitor.record()) == is_kept
     reactor.selector.close()
     if is_kept:
@@ -524,7 +529,7 @@ def put_state(systemd: Systemd, text: str) -> None:
     for name in systemd.names:
         if name.startswith("state-"):
             systemd.remove(name)
-    fd = os.memfd_create(kvmd.STATE_NAME)
+    fd = os.memfd_create(kvmd_journal.STATE_NAME)
     os.write(fd, text.encode())
     systemd.put("state-0", fd)
     os.close(fd)
@@ -588,7 +593,7 @@ def test_a_connection_of_which_no_state_tells_is_made_anew(
     systemd: Systemd,
     fake_qemu: FakeQemu,
 ) -> None:
-    moment = 'is_armed = True\ndie("after", kvmd.Notifier, "store")'
+    moment = 'is_armed = True\ndie("after", kvmd_systemd.Notifier, "store")'
     deadly = start_deadly(b"SHUTDOWN", moment)
     fake_qemu.listen()
     wait_for_suicide(deadly)
@@ -682,12 +687,12 @@ def test_a_state_that_cannot_be_written_stops_nothing(
 
 
 @contextmanager
-def stuck_manager(address: Path) -> Iterator[tuple[socket.socket, kvmd.Notifier]]:
+def stuck_manager(address: Path) -> Iterator[tuple[socket.socket, kvmd_systemd.Notifier]]:
     """Give a service manager that takes no more messages, and who sends it some."""
     with ExitStack() as ending:
         manager = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.bind(str(address))
-        notifier = kvmd.Notifier({"NOTIFY_SOCKET": str(address)})
+        notifier = kvmd_systemd.Notifier({"NOTIFY_SOCKET": str(address)})
         while notifier.send("full"):
             # One sender's own buffer may be full before the queue is.
             sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -742,7 +747,7 @@ def test_what_a_service_manager_did_not_take_is_given_to_it_again(
 
 
 def let_a_service_manager_take_all(
-    notifier: kvmd.Notifier, monkeypatch: pytest.MonkeyPatch
+    notifier: kvmd_systemd.Notifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifier, "is_heard", True)
     monkeypatch.setattr(notifier, "send", lambda *_, **__: True)
@@ -763,14 +768,14 @@ def test_what_a_service_manager_was_not_told_to_discard_it_is_told_later(
 
 
 def test_no_state_is_kept_for_a_socket_to_which_there_is_no_connection_yet(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     assert not reactor.changed
     fake_qemu.listen()
-    monitor.phase = kvmd.Phase.SILENT
+    monitor.phase = kvmd_monitor.Phase.SILENT
     monitor.connect()
     assert reactor.changed
     monitor.close()
@@ -791,33 +796,33 @@ def test_a_status_that_a_service_manager_did_not_take_is_sent_again(
 
 
 def test_a_daemon_that_could_not_tell_that_it_is_ready_tells_it_soon(
-    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_a_service_manager_take_all(reactor.notifier, monkeypatch)
-    daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
+    daemon = kvmd_daemon.Daemon(reactor, (".kvmd",), 0, [])
     timeout = daemon._timeout()
-    assert timeout is not None and timeout <= kvmd.TELLING_RETRY
+    assert timeout is not None and timeout <= kvmd_daemon.TELLING_RETRY
     daemon._send_status()
     assert daemon._timeout() is None
 
 
 def test_a_sign_of_life_that_was_not_taken_is_given_again_soon(
-    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon = kvmd.Daemon(reactor, (".kvmd",), 0, [])
+    daemon = kvmd_daemon.Daemon(reactor, (".kvmd",), 0, [])
     monkeypatch.setattr(reactor.notifier, "watchdog_interval", 15.0)
     daemon._give_sign_of_life()
     timeout = daemon._timeout()
-    assert timeout is not None and timeout <= kvmd.TELLING_RETRY
+    assert timeout is not None and timeout <= kvmd_daemon.TELLING_RETRY
     let_a_service_manager_take_all(reactor.notifier, monkeypatch)
     daemon._send_status()
     daemon._give_sign_of_life()
     timeout = daemon._timeout()
-    assert timeout is not None and timeout > kvmd.TELLING_RETRY
+    assert timeout is not None and timeout > kvmd_daemon.TELLING_RETRY
 
 
 def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
-    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
     notifier = reactor.notifier
@@ -825,10 +830,10 @@ def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
     monkeypatch.setattr(notifier, "send", lambda *_, **__: asked.append(_))
     pairs = [socket.socketpair() for _ in range(3)]
     for number, (connection, _) in enumerate(pairs):
-        monitor = kvmd.Monitor(f"guest{number}", ".kvmd", reactor)
+        monitor = kvmd_monitor.Monitor(f"guest{number}", ".kvmd", reactor)
         monitor._begin(connection)
     assert len(reactor.unkept) == 3
-    kvmd.Daemon(reactor, (".kvmd",), 0, [])._keep_state()
+    kvmd_daemon.Daemon(reactor, (".kvmd",), 0, [])._keep_state()
     assert len(asked) == 1
     for one, other in pairs:
         one.close()
@@ -836,24 +841,24 @@ def test_a_service_manager_that_takes_nothing_is_asked_once_a_turn(
 
 
 def test_an_inherited_connection_of_nobody_is_let_go_whoever_else_has_it_open(
-    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_a_service_manager_take_all(reactor.notifier, monkeypatch)
     ours, theirs = socket.socketpair()
-    inheritance = kvmd.Inheritance.__new__(kvmd.Inheritance)
+    inheritance = kvmd_journal.Inheritance.__new__(kvmd_journal.Inheritance)
     inheritance.connections = {"connection-1": ours}
     inheritance.state, inheritance.problem = {}, None
     with ours.dup(), theirs:
-        kvmd.Daemon(reactor, (".kvmd",), 0, [])._take_over(inheritance)
+        kvmd_daemon.Daemon(reactor, (".kvmd",), 0, [])._take_over(inheritance)
         theirs.settimeout(SECONDS)
         assert theirs.recv(1) == b""
 
 
 def test_a_connection_is_let_go_whoever_else_has_it_open(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_a_service_manager_take_all(reactor.notifier, monkeypatch)
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     fake_qemu.listen()
     monitor.connect()
     fake_qemu.accept()
@@ -890,10 +895,10 @@ def test_a_state_that_could_not_be_written_leaves_nothing_open(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "patched")
 
-    monkeypatch.setattr(kvmd.fcntl, "fcntl", fail)
+    monkeypatch.setattr(kvmd_journal.fcntl, "fcntl", fail)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="patched"):
-        kvmd.write_state_file("{}")
+        kvmd_journal.write_state_file("{}")
     assert os.listdir("/proc/self/fd") == before
 
 

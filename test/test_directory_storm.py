@@ -182,7 +182,7 @@ def test_long_storm_changes_nothing(
 
 # Once, as the file `haste` wants it, the path changes too fast to be followed.
 HASTE = """
-follow = kvmd.DirectoryWatch.follow
+follow = kvmd_inotify.DirectoryWatch.follow
 
 def follow_if_there_is_time(watch):
     try:
@@ -192,7 +192,7 @@ def follow_if_there_is_time(watch):
     watch.settled = False
     return []
 
-kvmd.DirectoryWatch.follow = follow_if_there_is_time
+kvmd_inotify.DirectoryWatch.follow = follow_if_there_is_time
 """
 
 

@@ -24,7 +24,7 @@ from namespace import (
 from status import status_table, wait_for_status
 from variant import program_with
 
-import kvmd
+import kvmd_monitor
 
 SOCKET = f"{INSTANCE}.kvmd"
 
@@ -366,28 +366,28 @@ def test_a_full_log_file_system_loses_lines_and_nothing_else(
 
 ERRORS = {
     "reading": """
-original = kvmd.Monitor.receive
+original = kvmd_monitor.Monitor.receive
 def receive(self):
     if self.instance == "bad":
         raise MemoryError("patched")
     return original(self)
-kvmd.Monitor.receive = receive
+kvmd_monitor.Monitor.receive = receive
 """,
     "connecting": """
-original = kvmd.selectors.EpollSelector.register
+original = kvmd_monitor.selectors.EpollSelector.register
 def register(self, file, events, data=None):
     if getattr(data, "instance", None) == "bad":
         raise OSError(28, "patched")
     return original(self, file, events, data)
-kvmd.selectors.EpollSelector.register = register
+kvmd_monitor.selectors.EpollSelector.register = register
 """,
     "timing": """
-original = kvmd.Reactor.set_timer
+original = kvmd_monitor.Reactor.set_timer
 def set_timer(self, monitor, seconds):
     if monitor.instance == "bad" and seconds < 0.5:
         raise RuntimeError("patched")
     return original(self, monitor, seconds)
-kvmd.Reactor.set_timer = set_timer
+kvmd_monitor.Reactor.set_timer = set_timer
 """,
 }
 
@@ -454,10 +454,10 @@ def test_after_an_unexpected_error_it_connects_anew(
 
 
 def test_what_had_arrived_counts_though_sending_fails(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.send(
@@ -474,10 +474,10 @@ def test_what_had_arrived_counts_though_sending_fails(
 
 
 def test_what_had_arrived_counts_though_the_peer_left_something_unread(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     monitor._begin(ours)
@@ -491,36 +491,36 @@ def test_what_had_arrived_counts_though_the_peer_left_something_unread(
 
 
 def test_a_pending_file_makes_no_peer_look_silent(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_path: str) -> str:
         raise OSError(errno.EROFS, "patched")
 
-    monkeypatch.setattr(kvmd, "remove_shutdown_file", fail)
+    monkeypatch.setattr(kvmd_monitor, "remove_shutdown_file", fail)
     fake_qemu.listen()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     fake_qemu.negotiate()
-    while monitor.phase is not kvmd.Phase.CONNECTED:
+    while monitor.phase is not kvmd_monitor.Phase.CONNECTED:
         monitor.receive()
     fake_qemu.disconnect()
     while monitor.receive():
         pass
     monitor.on_timer()  # connects, and tries to remove the file
     monitor.on_timer()
-    assert monitor.phase is kvmd.Phase.AWAITING_GREETING
+    assert monitor.phase is kvmd_monitor.Phase.AWAITING_GREETING
     monitor.finish()
 
 
 def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delays: list[float] = []
     monkeypatch.setattr(
         reactor, "set_timer", lambda _monitor, seconds: delays.append(seconds)
     )
     fake_qemu.bind()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     for _ in range(13):
         monitor.connect()
     assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
@@ -528,12 +528,12 @@ def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
 
 
 def test_the_last_ruling_of_one_read_stands_for_all(
-    monitor: kvmd.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes: list[str] = []
-    for function in (kvmd.create_shutdown_file, kvmd.remove_shutdown_file):
+    for function in (kvmd_monitor.create_shutdown_file, kvmd_monitor.remove_shutdown_file):
         name = function.__name__
-        monkeypatch.setattr(kvmd, name, lambda *_, name=name: outcomes.append(name))
+        monkeypatch.setattr(kvmd_monitor, name, lambda *_, name=name: outcomes.append(name))
     shutdown = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
     fake_qemu.send((shutdown + event_line("RESET")) * 10 + shutdown)
     monitor.receive()
@@ -541,22 +541,22 @@ def test_the_last_ruling_of_one_read_stands_for_all(
 
 
 def test_a_monitor_that_is_finished_waits_for_nothing(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.listen()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     monitor.finish()
-    later = time.monotonic() + kvmd.PATIENCE
+    later = time.monotonic() + kvmd_monitor.PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not list(reactor.expired())
 
 
 def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
-    reactor: kvmd.Reactor, fake_qemu: FakeQemu
+    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
     monitor.state.on_event("POWERDOWN", None)
     monitor.connect()
@@ -570,9 +570,9 @@ def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
 
 
 def test_no_timer_looks_at_the_clock(
-    reactor: kvmd.Reactor, monkeypatch: pytest.MonkeyPatch
+    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monitor = kvmd.Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     reactor.set_timer(monitor, 3600)
     monkeypatch.setattr(time, "time", lambda: 4e9)
     assert not list(reactor.expired())
@@ -587,8 +587,8 @@ def test_a_clock_set_back_and_forth_is_no_matter(
 ) -> None:
     program = program_with(
         control_dir.parent,
-        "import itertools\nclock = itertools.cycle([0, 4e9, 1.5, 1e6])\n"
-        "kvmd.time.time = lambda: next(clock)",
+        "import itertools, time\nclock = itertools.cycle([0, 4e9, 1.5, 1e6])\n"
+        "time.time = lambda: next(clock)",
     )
     with Daemon(control_dir, "--rescan-interval=0.05", program=program) as daemon:
         fake_qemu.bind()
@@ -636,6 +636,6 @@ def test_a_shutdown_file_planted_anew_each_time_is_given_up_for_a_while(
     warnings: list[str] = []
     monkeypatch.setattr(os, "unlink", lambda _path: None)
     with pytest.raises(OSError, match="planted again and again") as error:
-        kvmd.create_shutdown_file(str(path), warnings.append)
+        kvmd_monitor.create_shutdown_file(str(path), warnings.append)
     assert error.value.errno == errno.EEXIST
     assert all(str(path) in warning for warning in warnings) and warnings

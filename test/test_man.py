@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from daemon import ROOT, Daemon
 
-import kvmd
+import kvmd_monitor
+import kvmd_verdict
+import kvmd_version
 
 PAGE = ROOT / "man" / "ganeti-kvmd.8"
 PROGRAM = ROOT / "kvmd.py"
@@ -166,7 +168,7 @@ def test_every_environment_variable_is_on_the_page(
     strings = {constant for constant in constants if isinstance(constant, str)}
     variables = {text for text in strings if re.fullmatch("[A-Z]+_[A-Z]+", text)}
     on_page = tags(section(page, "ENVIRONMENT"), "[A-Z_]+")
-    assert on_page == variables - kvmd.EFFECTS.keys()
+    assert on_page == variables - kvmd_verdict.EFFECTS.keys()
 
 
 def test_every_log_message_is_on_the_page(page: str, program: ast.Module) -> None:
@@ -182,14 +184,14 @@ def test_every_log_message_is_on_the_page(page: str, program: ast.Module) -> Non
 
 def test_table_of_causes_is_what_the_verdict_does(page: str) -> None:
     shutdowns = {
-        **{name: {"reason": name} for name in kvmd.NOT_USER_REASONS},
+        **{name: {"reason": name} for name in kvmd_verdict.NOT_USER_REASONS},
         "guest-shutdown": {"reason": "guest-shutdown"},
         **DATA_WITHOUT_REASON,
     }
     rulings = [
-        kvmd.GuestState().on_event("SHUTDOWN", data) for data in shutdowns.values()
+        kvmd_verdict.GuestState().on_event("SHUTDOWN", data) for data in shutdowns.values()
     ]
-    crashed = kvmd.GuestState()
+    crashed = kvmd_verdict.GuestState()
     crashed.on_status("running")
     rulings.append(crashed.on_end())
     judged = section(page, "HOW A SHUTDOWN IS JUDGED")
@@ -208,9 +210,9 @@ def test_table_of_objections_is_what_the_verdict_does(page: str) -> None:
         table[objection] = set(causes.split(", "))
     assert table == {
         name.replace("_", "-"): {
-            row for row, objections in kvmd.OBJECTIONS.items() if name in objections
+            row for row, objections in kvmd_verdict.OBJECTIONS.items() if name in objections
         }
-        for name in kvmd.OBJECTIONS["no-data"]
+        for name in kvmd_verdict.OBJECTIONS["no-data"]
     }
 
 
@@ -228,20 +230,20 @@ def test_every_word_of_a_verdict_line_is_explained(
     }
     assert "created" in outcomes
     explained = section(page, "Verdicts")
-    for word in outcomes | {verdict.value for verdict in kvmd.Verdict}:
+    for word in outcomes | {verdict.value for verdict in kvmd_verdict.Verdict}:
         assert re.search(rf"^ {{14}}(\w+, )?{word}\b", explained, re.M), word
-    ruling = kvmd.Ruling(kvmd.Verdict.USER, "CAUSE")
+    ruling = kvmd_verdict.Ruling(kvmd_verdict.Verdict.USER, "CAUSE")
     assert f"INSTANCE: {ruling} event=".replace("user", "VERDICT") in explained
 
 
 def test_every_phase_in_the_status_is_explained(page: str) -> None:
     life = section(page, "The life of the daemon (INFO)")
     explained = life.split("status: version")[1]
-    assert [phase for phase in kvmd.Phase if phase.value not in explained] == []
+    assert [phase for phase in kvmd_monitor.Phase if phase.value not in explained] == []
 
 
 def test_page_names_the_version_and_a_date() -> None:
-    title = rf'^\.TH GANETI\\-KVMD 8 \d{{4}}-\d\d-\d\d "kvmd {kvmd.VERSION}" "Ganeti"$'
+    title = rf'^\.TH GANETI\\-KVMD 8 \d{{4}}-\d\d-\d\d "kvmd {kvmd_version.VERSION}" "Ganeti"$'
     assert re.search(title, PAGE.read_text(encoding="ascii"), re.M)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from daemon import ROOT, Daemon
 
-import kvmd
+import kvmd_version
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_changelog_has_the_version_of_the_program() -> None:
     entry = re.match(r"ganeti-kvmd \((\S+)\) ", (ROOT / "debian/changelog").read_text())
 
     assert entry
-    assert entry[1] == kvmd.VERSION
+    assert entry[1] == kvmd_version.VERSION
 
 
 def test_installs_the_program_its_modules_and_the_man_page(launcher: Path) -> None:
@@ -43,8 +43,7 @@ def test_installs_the_program_its_modules_and_the_man_page(launcher: Path) -> No
 
     assert installed == {
         "sbin/ganeti-kvmd": "755",
-        "share/ganeti-kvmd/kvmd.py": "644",
-        "share/ganeti-kvmd/kvmd_inotify.py": "644",
+        **{f"share/ganeti-kvmd/{path.name}": "644" for path in ROOT.glob("kvmd*.py")},
         "share/man/man8/ganeti-kvmd.8": "644",
     }
 
@@ -65,7 +64,7 @@ def test_launcher_heeds_nothing_of_its_callers_python(
     )
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert kvmd.VERSION in done.stdout
+    assert kvmd_version.VERSION in done.stdout
 
 
 def test_launched_daemon_has_the_name_that_ganeti_looks_for(

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-import kvmd
-from kvmd import Event, Greeting, GuestState, Protocol, Status
+import kvmd_qmp
+import kvmd_verdict
+from kvmd_qmp import Event, Greeting, Protocol, Status
+from kvmd_verdict import GuestState
 
 RECORDINGS = sorted(Path(__file__).with_name("data").glob("*.qmp"))
-INTERESTING = {"SHUTDOWN", *kvmd.EFFECTS}
+INTERESTING = {"SHUTDOWN", *kvmd_verdict.EFFECTS}
 
 GREETING = (
     b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7},'
@@ -265,7 +267,7 @@ def test_restart_at_any_byte_of_a_recording_loses_nothing(recording: bytes) -> N
 def test_restart_amid_a_line_that_is_too_long_goes_on_skipping_it(
     listening: Protocol,
 ) -> None:
-    hear(listening, [b"x" * kvmd.LINE_LIMIT, b"x"])
+    hear(listening, [b"x" * kvmd_qmp.LINE_LIMIT, b"x"])
     assert hear(restarted(listening), [POWEROFF, POWEROFF]) == [POWEROFF_HEARD]
 
 
@@ -311,19 +313,19 @@ def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
     for piece in (UNINTERESTING, STOP, UNINTERESTING):
         hear(listening, [piece])
         sizes.append(listening.read_size)
-    assert sizes == [kvmd.READ_SIZE, kvmd.CAREFUL_READ_SIZE, kvmd.READ_SIZE]
+    assert sizes == [kvmd_qmp.READ_SIZE, kvmd_qmp.CAREFUL_READ_SIZE, kvmd_qmp.READ_SIZE]
 
 
 # ---- What is bad ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"rubbish\n", b"\xff\xfe\n", b"{" + b"x" * kvmd.LINE_LIMIT + b"\n"]
+    "rubbish", [b"rubbish\n", b"\xff\xfe\n", b"{" + b"x" * kvmd_qmp.LINE_LIMIT + b"\n"]
 )
 def test_rubbish_is_told_of_once_the_guest_runs_too(
     listening: Protocol, rubbish: bytes
 ) -> None:
-    size = kvmd.READ_SIZE
+    size = kvmd_qmp.READ_SIZE
     pieces = [rubbish[i : i + size] for i in range(0, len(rubbish), size)]
     assert hear(listening, [UNINTERESTING, *pieces]) == []
     complaint = listening.complaint
@@ -347,16 +349,16 @@ def line_of(length: int) -> bytes:
     return start + b"x" * (length - len(start) - len(end)) + end + b"\n"
 
 
-@pytest.mark.parametrize("size", [1000, kvmd.READ_SIZE])
+@pytest.mark.parametrize("size", [1000, kvmd_qmp.READ_SIZE])
 def test_line_as_long_as_the_limit_is_heard(listening: Protocol, size: int) -> None:
-    line = line_of(kvmd.LINE_LIMIT)
+    line = line_of(kvmd_qmp.LINE_LIMIT)
     pieces = [line[i : i + size] for i in range(0, len(line), size)]
     assert [event.name for event in hear(listening, pieces)] == ["STOP"]
     assert listening.complaint is None
 
 
-@pytest.mark.parametrize("size", [1000, kvmd.READ_SIZE, 10 * kvmd.LINE_LIMIT])
-@pytest.mark.parametrize("length", [kvmd.LINE_LIMIT + 1, 3 * kvmd.LINE_LIMIT])
+@pytest.mark.parametrize("size", [1000, kvmd_qmp.READ_SIZE, 10 * kvmd_qmp.LINE_LIMIT])
+@pytest.mark.parametrize("length", [kvmd_qmp.LINE_LIMIT + 1, 3 * kvmd_qmp.LINE_LIMIT])
 def test_longer_line_is_skipped_to_its_end(
     listening: Protocol, length: int, size: int
 ) -> None:
@@ -368,19 +370,19 @@ def test_longer_line_is_skipped_to_its_end(
 
 
 def test_end_of_a_longer_line_is_no_event_of_its_own(listening: Protocol) -> None:
-    pieces = [b"x" * kvmd.LINE_LIMIT, b"x", POWEROFF, STOP]
+    pieces = [b"x" * kvmd_qmp.LINE_LIMIT, b"x", POWEROFF, STOP]
     assert [event.name for event in hear(listening, pieces)] == ["STOP"]
 
 
 def test_longer_last_line_is_nothing(listening: Protocol) -> None:
-    assert hear(listening, [POWEROFF.strip(), b" " * kvmd.LINE_LIMIT, b""]) == []
+    assert hear(listening, [POWEROFF.strip(), b" " * kvmd_qmp.LINE_LIMIT, b""]) == []
 
 
 def test_64_mib_without_a_newline_are_not_kept(listening: Protocol) -> None:
-    piece = b"x" * kvmd.READ_SIZE
+    piece = b"x" * kvmd_qmp.READ_SIZE
     for _ in range((64 << 20) // len(piece)):
         assert listening.receive(piece) == []
-        assert kept_bytes(listening) <= kvmd.LINE_LIMIT
+        assert kept_bytes(listening) <= kvmd_qmp.LINE_LIMIT
     assert hear(listening, [b"\n" + POWEROFF]) == [POWEROFF_HEARD]
 
 
@@ -526,7 +528,7 @@ def mutated(session: bytes, chance: random.Random) -> bytes:
 def in_pieces(data: bytes, chance: random.Random) -> Iterator[bytes]:
     """Yield the data in a few pieces, then its end."""
     while data:
-        size = chance.choice([1, chance.randint(1, 200), kvmd.READ_SIZE])
+        size = chance.choice([1, chance.randint(1, 200), kvmd_qmp.READ_SIZE])
         yield data[:size]
         data = data[size:]
     yield b""
@@ -538,7 +540,7 @@ def survive(data: bytes, chance: random.Random) -> None:
     messages = []
     for piece in in_pieces(data, chance):
         messages += protocol.receive(piece)
-        assert kept_bytes(protocol) <= kvmd.LINE_LIMIT
+        assert kept_bytes(protocol) <= kvmd_qmp.LINE_LIMIT
     assert_well_formed(messages)
 
 

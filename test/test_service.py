@@ -28,6 +28,14 @@ from status import status_table
 from variant import program_with
 
 import kvmd
+import kvmd_check
+import kvmd_daemon
+import kvmd_log
+import kvmd_options
+import kvmd_process
+import kvmd_settings
+import kvmd_systemd
+import kvmd_version
 
 LOG_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: ganeti-kvmd pid=\d+"
@@ -52,7 +60,7 @@ def wait_until_ended(node: Node) -> None:
 
 def test_the_defaults_are_ganetis_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GANETI_ROOTDIR", raising=False)
-    options = kvmd.parse_arguments([])
+    options = kvmd_options.parse_arguments([])
     assert options.control_dir == "/var/run/ganeti/kvm-hypervisor/ctrl"
     assert options.pid_file == "/var/run/ganeti/ganeti-kvmd.pid"
     assert options.log_file == "/var/log/ganeti/kvm-daemon.log"
@@ -67,7 +75,7 @@ def test_ganeti_rootdir_prefixes_the_default_paths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GANETI_ROOTDIR", "/virtual/node1")
-    options = kvmd.parse_arguments(["--log-file", "/elsewhere/log"])
+    options = kvmd_options.parse_arguments(["--log-file", "/elsewhere/log"])
     assert options.control_dir == "/virtual/node1/var/run/ganeti/kvm-hypervisor/ctrl"
     assert options.pid_file == "/virtual/node1/var/run/ganeti/ganeti-kvmd.pid"
     assert options.ssconf_dir == "/virtual/node1/var/lib/ganeti"
@@ -78,7 +86,7 @@ def test_paths_are_made_absolute(
     monkeypatch: pytest.MonkeyPatch, control_dir: Path
 ) -> None:
     monkeypatch.chdir(control_dir)
-    assert kvmd.parse_arguments(["--pid-file", "p"]).pid_file == f"{control_dir}/p"
+    assert kvmd_options.parse_arguments(["--pid-file", "p"]).pid_file == f"{control_dir}/p"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_paths_are_made_absolute(
 )
 def test_wrong_usage_is_status_2(arguments: str) -> None:
     with pytest.raises(SystemExit) as end:
-        kvmd.parse_arguments([arguments])
+        kvmd_options.parse_arguments([arguments])
     assert end.value.code == 2
 
 
@@ -121,7 +129,7 @@ def test_help_names_every_option(node: Node) -> None:
 def test_version(node: Node, option: str) -> None:
     result = node.run(option)
     assert result.returncode == 0
-    assert result.stdout == f"ganeti-kvmd (kvmd) version {kvmd.VERSION}\n"
+    assert result.stdout == f"ganeti-kvmd (kvmd) version {kvmd_version.VERSION}\n"
 
 
 def test_without_debug_nothing_but_the_needed_is_logged(
@@ -241,7 +249,7 @@ def test_only_the_lock_counts(node: Node, text: str) -> None:
 def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
     pid = node.start()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not kvmd.lock_holder(str(node.pid_file)), "its lock is gone")
+    wait_until(lambda: not kvmd_check.lock_holder(str(node.pid_file)), "its lock is gone")
     assert node.pid == pid
     assert node.start() != pid
     node.stop()
@@ -270,7 +278,7 @@ def test_a_pid_file_removed_by_its_holder_just_before_it_is_locked_is_made_anew(
         lockf(fd, operation)
 
     monkeypatch.setattr(fcntl, "lockf", end_the_holder_and_lock)
-    pid_file = kvmd.PidFile(str(path))
+    pid_file = kvmd_process.PidFile(str(path))
     assert path.read_text() == f"{os.getpid()}\n"
     assert os.path.samestat(os.fstat(pid_file.fd), path.stat())
     os.close(pid_file.fd)
@@ -316,8 +324,8 @@ def race_for(pid_file: Path, racers: int) -> int:
             os.close(started)
             os.read(start, 1)  # ends for all when the parent closes its end
             try:
-                locked = kvmd.PidFile(str(pid_file))
-            except kvmd.StartError:
+                locked = kvmd_process.PidFile(str(pid_file))
+            except kvmd_process.StartError:
                 os.write(result, b"-")
             else:
                 os.write(result, b"+")
@@ -366,7 +374,7 @@ def test_of_two_daemons_started_at_once_exactly_one_runs_always(node: Node) -> N
 
 # ---- The cluster's settings ----------------------------------------------------------
 
-OK, WARN, FAIL, BROKEN = kvmd.Level
+OK, WARN, FAIL, BROKEN = kvmd_settings.Level
 
 
 @pytest.mark.parametrize(
@@ -381,8 +389,8 @@ OK, WARN, FAIL, BROKEN = kvmd.Level
         ("KVM\n", FAIL),
     ],
 )
-def test_hypervisor_list(text: str, level: kvmd.Level) -> None:
-    finding = kvmd.judge_hypervisors(text)
+def test_hypervisor_list(text: str, level: kvmd_settings.Level) -> None:
+    finding = kvmd_settings.judge_hypervisors(text)
     assert finding.level is level
     if level is FAIL:
         assert "gnt-cluster modify --enabled-hypervisors" in finding.text
@@ -400,8 +408,8 @@ def test_hypervisor_list(text: str, level: kvmd.Level) -> None:
         ("True\nFalse\n", BROKEN),
     ],
 )
-def test_enabled_user_shutdown(text: str, level: kvmd.Level) -> None:
-    finding = kvmd.judge_user_shutdown(text)
+def test_enabled_user_shutdown(text: str, level: kvmd_settings.Level) -> None:
+    finding = kvmd_settings.judge_user_shutdown(text)
     assert finding.level is level
     if level is FAIL:
         assert "gnt-cluster modify --user-shutdown=yes" in finding.text
@@ -424,8 +432,8 @@ def test_enabled_user_shutdown(text: str, level: kvmd.Level) -> None:
         ("node1.example.com=maybe\n", BROKEN),
     ],
 )
-def test_node_vm_capable(text: str, level: kvmd.Level) -> None:
-    finding = kvmd.judge_vm_capable(text, ["node1.example.com", "node1"])
+def test_node_vm_capable(text: str, level: kvmd_settings.Level) -> None:
+    finding = kvmd_settings.judge_vm_capable(text, ["node1.example.com", "node1"])
     assert finding.level is level
     if level is FAIL:
         assert "gnt-node modify --vm-capable=yes node1" in finding.text
@@ -435,9 +443,9 @@ def test_node_vm_capable(text: str, level: kvmd.Level) -> None:
 
 def test_ganeti_hostname_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GANETI_HOSTNAME", "node7.example.com")
-    assert list(kvmd.names_of_node()) == ["node7.example.com"]
+    assert list(kvmd_settings.names_of_node()) == ["node7.example.com"]
     monkeypatch.delenv("GANETI_HOSTNAME")
-    assert next(kvmd.names_of_node()) == socket.gethostname()
+    assert next(kvmd_settings.names_of_node()) == socket.gethostname()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -609,16 +617,16 @@ def test_a_stderr_that_nobody_reads_stops_nothing(
             os.close(reader)
 
 
-def log_of_lines(lines: list[str]) -> kvmd.Log:
+def log_of_lines(lines: list[str]) -> kvmd_log.Log:
     """Return a log whose lines, of level and message alone, are appended to a list."""
-    return kvmd.Log(None, [lambda _level, line: lines.append(line.split(" ", 4)[4])])
+    return kvmd_log.Log(None, [lambda _level, line: lines.append(line.split(" ", 4)[4])])
 
 
 def test_more_lines_about_one_instance_than_the_limit_are_left_out_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines: list[str] = []
-    log, limit = log_of_lines(lines), kvmd.Log.LINES_PER_PERIOD
+    log, limit = log_of_lines(lines), kvmd_log.Log.LINES_PER_PERIOD
     for number in range(limit + 5):
         log.info(f"line {number}", "talkative")
     log.info("unaffected", "other")
@@ -646,18 +654,18 @@ def test_a_guest_that_comes_back_again_and_again_cannot_fill_the_log(
     node.start()
     fake_qemu.listen()
     fake_qemu.negotiate()
-    for _ in range(2 * kvmd.Log.LINES_PER_PERIOD):
+    for _ in range(2 * kvmd_log.Log.LINES_PER_PERIOD):
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         fake_qemu.event("RESET")
         fake_qemu.wait_until_read()  # of what one read says, one line tells
     fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
     wait_until(fake_qemu.shutdown_file.exists, "the last verdict")
-    assert node.log.count(INSTANCE) == kvmd.Log.LINES_PER_PERIOD + 1
+    assert node.log.count(INSTANCE) == kvmd_log.Log.LINES_PER_PERIOD + 1
     node.stop()
 
 
 def test_a_line_torn_by_a_full_disk_is_not_gone_on_with(tmp_path: Path) -> None:
-    log = kvmd.Log(str(tmp_path / "log"), [])
+    log = kvmd_log.Log(str(tmp_path / "log"), [])
     log.open()
 
     def write_with_little_room() -> None:
@@ -813,11 +821,11 @@ def test_at_the_starters_exit_the_daemon_is_ready(node: Node) -> None:
 KILL_THE_STARTER = """
 import os, signal
 starter = os.getpid()
-original = kvmd.Daemon.start
+original = kvmd_daemon.Daemon.start
 def start(*arguments):
     os.kill(starter, signal.SIGKILL)
     original(*arguments)
-kvmd.Daemon.start = start
+kvmd_daemon.Daemon.start = start
 """
 
 
@@ -843,13 +851,13 @@ def test_a_limit_of_files_that_cannot_be_raised_is_lived_with(
 
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert kvmd.raise_descriptor_limit() == soft
+    assert kvmd_process.raise_descriptor_limit() == soft
 
 
 # Every session that setsid(2) made has an autogroup, see sched(7), if the kernel knows
 # of them. What init starts without setsid(2) has none: its file is empty.
 AUTOGROUPS = Path("/proc/self/autogroup").exists()
-FAVOURED = (kvmd.NICENESS, str(kvmd.NICENESS) if AUTOGROUPS else "")
+FAVOURED = (kvmd_process.NICENESS, str(kvmd_process.NICENESS) if AUTOGROUPS else "")
 
 
 def niceness(pid: int) -> tuple[int, str]:
@@ -960,7 +968,7 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
 
         def trace(frame: FrameType, _what: str, _argument: object) -> Any:
             code = frame.f_code
-            if code.co_filename != kvmd.__file__:
+            if not Path(code.co_filename).name.startswith("kvmd"):
                 return None
             up = code.co_name == "_turn"
             lines.add((code.co_name, frame.f_lineno))
@@ -975,8 +983,8 @@ def end_at_line(node: Node, count: int) -> tuple[int, bool]:
         try:
             sys.argv = node.command("--foreground", "--log-file", "/dev/null")[1:]
             os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-            options = kvmd.parse_arguments(sys.argv[1:])
-            kvmd.parse_arguments = lambda arguments: options
+            options = kvmd_options.parse_arguments(sys.argv[1:])
+            kvmd_options.parse_arguments = lambda arguments: options
             sys.settrace(trace)
             status = kvmd.main()
         finally:
@@ -1047,7 +1055,7 @@ def test_sigusr1_logs_a_line_for_each_instance(
         table[f"{INSTANCE}.kvmd"],
     )
     header = daemon.wait_for_log(" status: version .*")[0]
-    assert f"version {kvmd.VERSION}, up " in header and "2 instances" in header
+    assert f"version {kvmd_version.VERSION}, up " in header and "2 instances" in header
 
 
 def test_an_unexpected_error_in_the_loop_is_logged_with_its_traceback(
@@ -1168,18 +1176,18 @@ def test_the_service_manager_is_told(
 @pytest.mark.parametrize(
     ("watchdog", "interval"),
     [
-        ({}, kvmd.NEVER),
+        ({}, kvmd_systemd.NEVER),
         ({"WATCHDOG_USEC": "3000000"}, 1.5),
         ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": str(os.getpid())}, 1.5),
-        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, kvmd.NEVER),
-        ({"WATCHDOG_USEC": "0"}, kvmd.NEVER),
-        ({"WATCHDOG_USEC": "soon"}, kvmd.NEVER),
-        ({"WATCHDOG_USEC": "²"}, kvmd.NEVER),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, kvmd_systemd.NEVER),
+        ({"WATCHDOG_USEC": "0"}, kvmd_systemd.NEVER),
+        ({"WATCHDOG_USEC": "soon"}, kvmd_systemd.NEVER),
+        ({"WATCHDOG_USEC": "²"}, kvmd_systemd.NEVER),
     ],
     ids=str,
 )
 def test_watchdog_interval(watchdog: dict[str, str], interval: float) -> None:
-    assert kvmd.Notifier(watchdog).watchdog_interval == interval
+    assert kvmd_systemd.Notifier(watchdog).watchdog_interval == interval
 
 
 def test_a_service_manager_that_is_gone_is_no_matter(

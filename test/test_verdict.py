@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import pytest
 
-from kvmd import GuestState, Verdict
+from kvmd_verdict import GuestState, Verdict
 
 USER, NOT_USER = Verdict.USER, Verdict.NOT_USER
 

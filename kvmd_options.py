@@ -1,0 +1,116 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kvmd_daemon import SUFFIXES
+from kvmd_monitor import NEVER
+from kvmd_version import DAEMON_NAME
+
+
+class Options:
+    """The options, as they are when none is given."""
+
+    def __init__(self) -> None:
+        root = os.environ.get("GANETI_ROOTDIR", "")
+        self.foreground = False
+        self.debug = False
+        self.syslog = "no"
+        self.no_user_checks = False
+        self.no_cluster_checks = False
+        self.control_dir = f"{root}/var/run/ganeti/kvm-hypervisor/ctrl"
+        self.pid_file = f"{root}/var/run/ganeti/ganeti-kvmd.pid"
+        self.log_file = f"{root}/var/log/ganeti/kvm-daemon.log"
+        self.ssconf_dir = f"{root}/var/lib/ganeti"
+        self.socket_suffix = "auto"
+        self.rescan_interval = 15.0
+        self.check = False
+        self.version = False
+
+    def command(self) -> list[str]:
+        """Return what starts the program anew with these options, from anywhere."""
+        return own_command() + [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in vars(self).items()
+            if value != getattr(Options(), name)
+        ]
+
+
+def parse_arguments(arguments: list[str]) -> Options:
+    """Return the options, all paths absolute; exit with status 2 on wrong usage."""
+    options = Options()
+    if not arguments:
+        return options  # as Ganeti has it; argparse takes a fifth of the start's time
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=DAEMON_NAME,
+        description="Tell Ganeti which KVM instances were shut down by their users.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    for flags, meaning in [
+        (["-f", "--foreground"], "don't detach; log to stderr as well"),
+        (["-d", "--debug"], "log debug messages: every QMP message, every watch"),
+        (["--no-user-checks"], "don't insist on running as root"),
+        (
+            ["--no-cluster-checks"],
+            "don't ask the cluster's settings; for trials without Ganeti",
+        ),
+        (["--check"], "say what prevents detection on this node, then exit"),
+    ]:
+        add(*flags, action="store_true", help=meaning)
+    add(
+        "--syslog",
+        choices=["no", "yes", "only"],
+        help="log to syslog as well (yes) or instead (only), but no debug messages"
+        f" (default: {options.syslog})",
+    )
+    for option, default, meaning in [
+        ("--control-dir", options.control_dir, "the monitor sockets"),
+        ("--pid-file", options.pid_file, "the pid file"),
+        ("--log-file", options.log_file, "the log"),
+        ("--ssconf-dir", options.ssconf_dir, "the cluster's settings"),
+    ]:
+        add(
+            option,
+            metavar="PATH",
+            type=os.path.abspath,
+            help=f"{meaning} (default: {default})",
+        )
+    add(
+        "--socket-suffix",
+        choices=list(SUFFIXES),
+        help="which monitor socket of an instance to use (default:"
+        f" {options.socket_suffix}: its .kvmd, or its .qmp if there is none)",
+    )
+    add(
+        "--rescan-interval",
+        metavar="SECONDS",
+        type=interval,
+        help="how often to look for sockets that no event told of, 0 for never"
+        f" (default: {options.rescan_interval:g})",
+    )
+    # Not argparse's own action, which asks no more what other options there are: a
+    # restart in place tries the new program with the options that it will get.
+    add("-V", "--version", action="store_true", help="print the version, then exit")
+    return parser.parse_args(arguments, namespace=options)
+
+
+def own_command() -> list[str]:
+    """Return the command that starts this program anew, without options."""
+    script = os.path.abspath(sys.argv[0])
+    if os.path.basename(script) == DAEMON_NAME:
+        return [script]  # the process keeps its name all the time
+    flags = ["-I"] * sys.flags.isolated + ["-S"] * sys.flags.no_site
+    return [sys.executable, *flags, script]
+
+
+def interval(text: str) -> float:
+    """Return a number of seconds from the command line. Raises ValueError."""
+    seconds = float(text)
+    if not 0 <= seconds < NEVER:
+        raise ValueError(text)
+    return seconds

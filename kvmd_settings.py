@@ -1,0 +1,132 @@
+"""Ganeti's ssconf files, and what they say of this node."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import os
+import socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+class Level(enum.Enum):
+    """What a finding means for the detection of shutdowns on this node."""
+
+    OK = "ok"
+    WARN = "warn"
+    #: Nothing is detected; as a cluster's setting: nothing is to be detected.
+    FAIL = "FAIL"
+    #: Nor can it be told what the setting is.
+    BROKEN = "BROKEN"
+
+
+#: A judged setting or fact, and one line for the administrator, with the remedy.
+Finding = collections.namedtuple("Finding", "level text")
+
+
+def judge_hypervisors(text: str) -> Finding:
+    """Judge ssconf_hypervisor_list: a hypervisor's name per line."""
+    names = text.split()
+    if "kvm" in names:
+        return Finding(Level.OK, f"enabled hypervisors: {', '.join(names)}")
+    return Finding(
+        Level.FAIL,
+        f"kvm is not among the enabled hypervisors ({', '.join(names)}); to enable it:"
+        " gnt-cluster modify --enabled-hypervisors=...,kvm",
+    )
+
+
+def judge_user_shutdown(text: str) -> Finding:
+    """Judge ssconf_enabled_user_shutdown: True or False."""
+    value = text.strip()
+    if value == "True":
+        return Finding(Level.OK, "user shutdown is enabled (True)")
+    if value == "False":
+        return Finding(
+            Level.FAIL,
+            "user shutdown is not enabled (False); to enable it:"
+            " gnt-cluster modify --user-shutdown=yes",
+        )
+    return Finding(Level.BROKEN, f"neither True nor False: {text[:80]!r}")
+
+
+def judge_vm_capable(text: str, node_names: Iterable[str]) -> Finding:
+    """Judge ssconf_node_vm_capable: a line `node=True` or `node=False` per node.
+
+    Of the node's names no more are asked for than until one is listed.
+    """
+    capable = {}
+    for line in text.splitlines():
+        node, _, value = line.strip().partition("=")
+        if value not in {"True", "False"}:
+            return Finding(Level.BROKEN, f"no line like node=True: {line[:80]!r}")
+        capable[node] = value == "True"
+    strangers = []
+    for node in node_names:
+        if node in strangers:
+            continue
+        if node not in capable:
+            strangers.append(node)
+        elif capable[node]:
+            return Finding(Level.OK, f"node {node} is vm_capable (True)")
+        else:
+            return Finding(
+                Level.FAIL,
+                f"node {node} is not vm_capable (False); to make it so:"
+                f" gnt-node modify --vm-capable=yes {node}",
+            )
+    return Finding(
+        Level.WARN,
+        f"node {' or '.join(strangers)} is not listed; taking it for vm_capable"
+        " (compare with: gnt-node list)",
+    )
+
+
+def read_ssconf(path: str) -> str:
+    """Return the text of one of Ganeti's ssconf files. Raises OSError, ValueError."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Return what went wrong, without the path, which an OSError holds as well."""
+    return error.strerror or "" if isinstance(error, OSError) else str(error)
+
+
+def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Finding]:
+    """Judge the cluster's settings, in the order in which the daemon asks for them."""
+    judges: dict[str, Callable[[str], Finding]] = {
+        "ssconf_hypervisor_list": judge_hypervisors,
+        "ssconf_enabled_user_shutdown": judge_user_shutdown,
+        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, node_names),
+    }
+    for name, judge in judges.items():
+        path = os.path.join(ssconf_dir, name)
+        try:
+            finding = judge(read_ssconf(path))
+        except FileNotFoundError:
+            finding = Finding(
+                Level.FAIL,
+                "does not exist: this node is in no Ganeti cluster (gnt-cluster init,"
+                " gnt-node add)",
+            )
+        except (OSError, ValueError) as error:
+            finding = Finding(Level.BROKEN, f"cannot be read: {reason_of(error)}")
+        if finding.level is Level.BROKEN:
+            text = f"{finding.text}; to write it anew: gnt-cluster redist-conf"
+            finding = Finding(Level.BROKEN, text)
+        yield Finding(finding.level, f"{path}: {finding.text}")
+
+
+def names_of_node() -> Iterator[str]:
+    """Yield the names that Ganeti may know this node by.
+
+    The fully qualified one comes last, for finding it may take the resolver's time.
+    """
+    if "GANETI_HOSTNAME" in os.environ:
+        yield os.environ["GANETI_HOSTNAME"]
+        return
+    yield socket.gethostname()
+    yield socket.getfqdn()

@@ -1,0 +1,5 @@
+"""The program's name and its version, for all modules."""
+
+VERSION = "1.0.0"
+DAEMON_NAME = "ganeti-kvmd"
+
