@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -55,6 +55,7 @@ Action = Callable[[], AbstractContextManager[Callable[[], bool]]]
 def set_up_node() -> None:
     """Make this machine look like a node of a cluster with user shutdown enabled."""
     run("hostname", NODE)
+    Path("/etc/hosts").write_text(f"127.0.0.1 {NODE} localhost\n")
     CONTROL_DIR.mkdir(parents=True)
     (SSCONF / "ssconf_hypervisor_list").write_text("kvm\n")
     (SSCONF / "ssconf_node_vm_capable").write_text(f"{NODE}=True\n")
@@ -74,18 +75,13 @@ def our_package() -> Path:
 
 def newer_package() -> Path:
     """Return a copy of our package whose version, the daemon's too, is newer."""
-    tree, package = Path("/tmp/newer"), Path("/tmp/newer.deb")
-    shutil.rmtree(tree, ignore_errors=True)
-    run("dpkg-deb", "--raw-extract", str(our_package()), str(tree))
-    for path, pattern, replacement in [
-        ("DEBIAN/control", "(?m)^Version: .*", f"Version: {NEWER}"),
-        ("usr/share/ganeti-kvmd/kvmd.py", "(?m)^VERSION = .*", f'VERSION = "{NEWER}"'),
-    ]:
-        file = tree / path
-        text, times = re.subn(pattern, replacement, file.read_text())
-        expect(f"versions in {path}", times, 1)
-        file.write_text(text)
-    run("dpkg-deb", "-Znone", "--build", str(tree), str(package))
+    with tempfile.TemporaryDirectory() as directory:
+        tree, package = Path(directory, "tree"), Path("/root/newer.deb")
+        run("dpkg-deb", "--raw-extract", str(our_package()), str(tree))
+        for file in (tree / "DEBIAN/control", *tree.glob("usr/share/ganeti-kvmd/*.py")):
+            text = re.sub(r"(?m)^Version: .*", f"Version: {NEWER}", file.read_text())
+            file.write_text(re.sub(r"(?m)^VERSION = .*", f'VERSION = "{NEWER}"', text))
+        run("dpkg-deb", "-Znone", "--build", str(tree), str(package))
     return package
 
 
@@ -97,9 +93,17 @@ def command(*words: str) -> Action:
 
     @contextlib.contextmanager
     def run_command() -> Iterator[Callable[[], bool]]:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-        yield lambda: process.poll() is not None
-        expect(f"status of {' '.join(words)}", process.wait(PATIENCE), 0)
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            yield lambda: process.poll() is not None
+            status = process.wait(PATIENCE)
+            output.seek(0)
+            expect(f"{' '.join(words)}: {output.read()}\nstatus", status, 0)
 
     return run_command
 
@@ -135,7 +139,8 @@ def play(action: Action) -> None:
             wait_until(is_over, "what is done is over", PATIENCE)
         guests.expect_connected()
         guests.do_after()
-        guests.judge()
+        guests.judge_files()
+        guests.judge_log()
 
 
 @contextlib.contextmanager
@@ -164,19 +169,35 @@ def another_process() -> Iterator[None]:
     expect("process is the same", main_pid() == pid, False)
 
 
-# ---- Scenarios -----------------------------------------------------------------------
+def program() -> str:
+    """Return what runs as the daemon: the name of an executable."""
+    return Path(f"/proc/{main_pid()}/exe").resolve().name
 
 
-def installing_starts_nothing() -> None:
+# ---- Coming and going ----------------------------------------------------------------
+
+
+def installing_takes_over_from_ganetis_own_daemon() -> None:
+    systemctl("start")
+    expect("state of Ganeti's", state(), "active (running)")
     run("dpkg", "--install", str(our_package()))
+    expect("state", state(), "active (running)")
+    expect("program", program().startswith("python3"), True)
+
+
+def stopped_it_leaves_nothing() -> None:
+    systemctl("stop")
     expect("state", state(), "inactive (dead)")
+    expect("result", show("Result"), "success")
+    expect("pid file", PID_FILE.exists(), False)
+    expect("descriptors", show("NFileDescriptorStore"), "0")
 
 
 def not_wanted_by_the_cluster_it_has_not_failed() -> None:
     switch_user_shutdown("False")
     systemctl("start")
-    wait_until(lambda: "not needed here" in log(), "it says that it is not needed")
     wait_until(lambda: state() == "inactive (dead)", "it has ended")
+    expect("reason", " INFO not needed here: " in log(), True)
     expect("restarts", show("NRestarts"), "0")
     switch_user_shutdown("True")
 
@@ -185,22 +206,39 @@ def started_with_a_wrong_option_it_is_not_started_again() -> None:
     DEFAULTS.write_text("KVMD_ARGS=--no-such-option\n")
     with contextlib.suppress(AssertionError):
         systemctl("start")
-    wait_until(lambda: state() == "failed (failed)", "it has failed")
+    expect("state", state(), "failed (failed)")
     expect("restarts", show("NRestarts"), "0")
     DEFAULTS.write_text("KVMD_ARGS=\n")
 
 
 def started_it_is_ready_when_it_is_at_work() -> None:
+    systemctl("start")
+    expect("state", state(), "active (running)")
+    expect("pid file", PID_FILE.read_text(), f"{main_pid()}\n")
+    expect("status", 'Status: "instances watched: 0"' in run("systemctl", "status", UNIT), True)
+    systemctl("stop")
+
+
+def started_it_takes_up_what_runs() -> None:
     with guests_of_all_kinds() as guests:
         guests.start()
-        with command("systemctl", "start", UNIT)():
+        with command("systemctl", "start", UNIT)() as is_over:
             guests.connect()
-        expect("state", state(), "active (running)")
-        expect("pid file", PID_FILE.read_text(), f"{main_pid()}\n")
-        guests.do_before()
-        guests.do_during(lambda: True)
+            guests.do_before()
+            guests.do_during(is_over)
         guests.do_after()
-        guests.judge()
+        guests.judge_files()
+        guests.judge_log()
+
+
+def removing_gives_back_to_ganetis_own_daemon() -> None:
+    run("dpkg", "--purge", "ganeti-kvmd")
+    expect("state of Ganeti's", state(), "active (running)")
+    expect("program", program(), "ganeti-kvmd")
+    systemctl("stop")
+
+
+# ---- While it runs -------------------------------------------------------------------
 
 
 def reloading_opens_the_log_anew() -> None:
@@ -232,8 +270,9 @@ def frozen_it_is_replaced_and_has_lost_nothing() -> None:
 
 
 def upgrading_loses_nothing() -> None:
+    package = newer_package()
     with same_process():
-        play(command("dpkg", "--install", str(newer_package())))
+        play(command("dpkg", "--install", str(package)))
     expect("version runs", f" INFO started kvmd {NEWER} " in log(), True)
 
 
@@ -242,17 +281,13 @@ def another_systemd_loses_nothing() -> None:
         play(command("systemctl", "daemon-reexec"))
 
 
-def stopped_it_leaves_nothing() -> None:
-    systemctl("stop")
-    expect("state", state(), "inactive (dead)")
-    expect("pid file", PID_FILE.exists(), False)
-
-
 SCENARIOS = [
-    installing_starts_nothing,
+    installing_takes_over_from_ganetis_own_daemon,
+    stopped_it_leaves_nothing,
     not_wanted_by_the_cluster_it_has_not_failed,
     started_with_a_wrong_option_it_is_not_started_again,
     started_it_is_ready_when_it_is_at_work,
+    started_it_takes_up_what_runs,
     reloading_opens_the_log_anew,
     restarting_in_place_loses_nothing,
     restarting_loses_nothing,
@@ -260,7 +295,7 @@ SCENARIOS = [
     frozen_it_is_replaced_and_has_lost_nothing,
     upgrading_loses_nothing,
     another_systemd_loses_nothing,
-    stopped_it_leaves_nothing,
+    removing_gives_back_to_ganetis_own_daemon,
 ]
 
 

@@ -75,9 +75,12 @@ class Guest(FakeQemu):
         self.shutdown_file.unlink()
         self._has_file = False
 
-    def judge(self) -> None:
-        """Fail unless the shutdown file and all verdicts are as they have to be."""
+    def judge_file(self) -> None:
+        """Fail unless Ganeti finds what it has to find."""
         expect(str(self.shutdown_file), self.shutdown_file.exists(), self._has_file)
+
+    def judge_log(self) -> None:
+        """Fail unless each verdict was logged, once."""
         pattern = rf" INFO {re.escape(self.name)}: verdict=((?:not-)?user) "
         logged = re.findall(pattern, log())
         expect(f"verdicts on {self.name}", logged, self._verdicts)
@@ -165,10 +168,15 @@ class Guests:
         left = [guest.name for guest in connected if guest.client_has_left()]
         expect("connections let go of", left, [])
 
-    def judge(self) -> None:
-        """Fail unless of each what had to be said was said, and no more."""
+    def judge_files(self) -> None:
+        """Fail unless Ganeti finds of each what it has to find."""
         for guest in self._all:
-            guest.judge()
+            guest.judge_file()
+
+    def judge_log(self) -> None:
+        """Fail unless each verdict was logged, once."""
+        for guest in self._all:
+            guest.judge_log()
 
     def clear_away(self) -> None:
         """Leave nothing of them in the control directory."""
