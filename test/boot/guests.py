@@ -26,7 +26,8 @@ class Guest(FakeQemu):
 
     def __init__(self, kind: str) -> None:
         super().__init__(CONTROL_DIR, f"{kind}{next(_numbers)}.example.org")
-        self.is_running = self.is_connected = False
+        self.is_running = False
+        self.is_connected = False
         self._is_pressed = False
         #: What Ganeti has to find, and what the log has to say.
         self._has_file = False
@@ -46,6 +47,11 @@ class Guest(FakeQemu):
                 self.is_connected = True
             except (ConnectionError, EOFError):
                 self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the connection; go on listening."""
+        super().disconnect()
+        self.is_connected = False
 
     def press_power_button(self) -> None:
         """Ask the guest to power off, as Ganeti does."""
@@ -70,6 +76,11 @@ class Guest(FakeQemu):
         self.path.unlink()
         self._end_as("not-user")
 
+    def be_lost(self) -> None:
+        """Power off where no daemon sees it: nobody can tell whose doing it was."""
+        self.exit()
+        self.is_running = False
+
     def be_noted(self) -> None:
         """Have Ganeti take note of the user's shutdown."""
         self.shutdown_file.unlink()
@@ -85,8 +96,16 @@ class Guest(FakeQemu):
         logged = re.findall(pattern, log())
         expect(f"verdicts on {self.name}", logged, self._verdicts)
 
+    def vanish(self) -> None:
+        """Leave nothing in the control directory."""
+        self.exit()
+        self.shutdown_file.unlink(missing_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.vanish()
+
     def _end_as(self, verdict: str) -> None:
-        self.is_running = self.is_connected = False
+        self.is_running = False
         self._has_file = verdict == "user"
         self._verdicts.append(verdict)
 
@@ -178,11 +197,10 @@ class Guests:
         for guest in self._all:
             guest.judge_log()
 
-    def clear_away(self) -> None:
+    def vanish(self) -> None:
         """Leave nothing of them in the control directory."""
         for guest in self._all:
-            guest.exit()
-            guest.shutdown_file.unlink(missing_ok=True)
+            guest.vanish()
 
     def _running(self) -> list[Guest]:
         return [guest for guest in self._all if guest.is_running]
