@@ -97,6 +97,14 @@ check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as ro
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
 .PHONY: check-ganeti
 
+# The release whose systemd is booted.
+SYSTEMD = trixie
+check-systemd: deb ## try the package under a real systemd, in namespaces (as root)
+	@$(call install-packages,debootstrap,debootstrap)
+	test/package/ganeti-with-units
+	test/boot/boot $(SYSTEMD) python3 test/boot/check.py
+.PHONY: check-systemd
+
 # Options of the benchmark: make bench BENCH="--only verdict --repetitions 5"
 BENCH =
 bench: need-bench ## measure beside Ganeti's own daemon and a floor in C (as root)

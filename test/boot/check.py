@@ -52,6 +52,7 @@ from service import (  # noqa: E402
 NODE = "node1.example.org"
 SSCONF = Path("/var/lib/ganeti")
 DEFAULTS = Path("/etc/default/ganeti")
+GANETIS_EXECUTABLE = "ganeti-kvmd"
 NEWER = "999"
 
 
@@ -92,9 +93,15 @@ def newer_package() -> Path:
     return package
 
 
-def executable() -> str:
-    """Return the name of the program that runs as the daemon."""
-    return Path(f"/proc/{main_pid()}/exe").resolve().name
+def wait_until_runs(executable: str) -> None:
+    """Wait until the daemon is a process of this executable."""
+
+    def runs() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{main_pid()}/exe").readlink().name == executable
+        return False
+
+    wait_until(runs, f"{executable} runs")
 
 
 # ---- Guests meanwhile ----------------------------------------------------------------
@@ -151,10 +158,10 @@ def another_process() -> Iterator[None]:
 
 def installing_takes_over_from_ganetis_own_daemon() -> None:
     systemctl("start")
-    expect("executable", executable(), "ganeti-kvmd")
+    wait_until_runs(GANETIS_EXECUTABLE)
     run("dpkg", "--install", str(our_package()))
     expect("state", state(), "active (running)")
-    expect("executable", executable()[:7], "python3")
+    wait_until_runs(Path("/usr/bin/python3").resolve().name)
 
 
 def stopped_it_leaves_nothing() -> None:
@@ -245,7 +252,7 @@ def ganetis_daemon_util_uses_the_unit() -> None:
 def removing_gives_back_to_ganetis_own_daemon() -> None:
     run("dpkg", "--purge", "ganeti-kvmd")
     expect("state", state(), "active (running)")
-    expect("executable", executable(), "ganeti-kvmd")
+    wait_until_runs(GANETIS_EXECUTABLE)
     systemctl("stop")
 
 
