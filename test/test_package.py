@@ -32,8 +32,11 @@ def test_changelog_has_the_version_of_the_program() -> None:
     assert entry[1] == kvmd_version.VERSION
 
 
-def test_installs_the_program_its_modules_and_the_man_page(launcher: Path) -> None:
+def test_installs_the_program_its_modules_the_man_page_and_the_drop_in(
+    launcher: Path,
+) -> None:
     prefix = launcher.parents[1]
+    modules = {path.name for path in ROOT.glob("kvmd*.py")}
 
     installed = {
         str(path.relative_to(prefix)): f"{path.stat().st_mode & 0o777:o}"
@@ -42,8 +45,9 @@ def test_installs_the_program_its_modules_and_the_man_page(launcher: Path) -> No
     }
 
     assert installed == {
+        "lib/systemd/system/ganeti-kvmd.service.d/50-kvmd.conf": "644",
         "sbin/ganeti-kvmd": "755",
-        **{f"share/ganeti-kvmd/{path.name}": "644" for path in ROOT.glob("kvmd*.py")},
+        **{f"share/ganeti-kvmd/{module}": "644" for module in modules},
         "share/man/man8/ganeti-kvmd.8": "644",
     }
 
@@ -51,7 +55,8 @@ def test_installs_the_program_its_modules_and_the_man_page(launcher: Path) -> No
 def test_launcher_heeds_nothing_of_its_callers_python(
     launcher: Path, tmp_path: Path
 ) -> None:
-    for module in ("kvmd", "kvmd_inotify", "json", "sitecustomize", "usercustomize"):
+    modules = {path.stem for path in ROOT.glob("kvmd*.py")}
+    for module in modules | {"selectors", "json", "sitecustomize", "usercustomize"}:
         (tmp_path / f"{module}.py").write_text("raise SystemExit('of the caller')\n")
 
     done = subprocess.run(
@@ -80,3 +85,20 @@ def test_launched_daemon_leaves_no_bytecode(launcher: Path, control_dir: Path) -
         daemon.stop()
 
     assert not list(launcher.parents[1].rglob("*.pyc"))
+
+
+def test_unit_is_not_rated_where_systemd_rates_no_files(tmp_path: Path) -> None:
+    systemd_analyze = tmp_path / "systemd-analyze"
+    systemd_analyze.write_text("#!/bin/sh\necho 'systemd 247 (247.3-7+deb11u7)'\n")
+    systemd_analyze.chmod(0o755)
+
+    done = subprocess.run(
+        [ROOT / "test/package/rate-unit"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not rated: systemd 247" in done.stdout

@@ -9,6 +9,7 @@ has to be as Ganeti's packages made it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ganeti"))
 
 from cluster import (
-    CHECKOUT,
     LOG_FILE,
     PID_FILE,
     daemon_pid,
@@ -31,8 +31,26 @@ from cluster import (
     wait_until,
     which_daemon,
 )
+from packages import (
+    DROP_IN,
+    NEWER,
+    OLDER,
+    UNIT,
+    dies_of_sigusr2,
+    does_not_run,
+    fails_in,
+    fails_to_unpack,
+    first_version,
+    ganeti_with_units,
+    ganeti_without_units,
+    ganetis_unit,
+    our_package,
+    our_version,
+    variant,
+)
 
 NODE = "node1.example.org"
+ROOT = Path("/")
 PROGRAM = Path("/usr/sbin/ganeti-kvmd")
 GANETIS_PROGRAM = Path("/usr/sbin/ganeti-kvmd.haskell")
 MAN_PAGE = Path("/usr/share/man/man8/ganeti-kvmd.8.gz")
@@ -46,8 +64,6 @@ DIRECTORIES = (
     *("/usr/share/python3/runtime.d", "/var/lib", "/var/lib/systemd"),
     "/var/lib/systemd/deb-systemd-helper-enabled",
 )
-
-OLDER, NEWER = "0.1", "999"
 
 
 # ---- The node ------------------------------------------------------------------------
@@ -65,6 +81,7 @@ def set_up_node() -> None:
         ("node_vm_capable", f"{NODE}=True\n"),
     ]:
         Path(f"/var/lib/ganeti/ssconf_{name}").write_text(text)
+    install_ganeti()
 
 
 def traces() -> dict[str, object]:
@@ -82,6 +99,7 @@ def traces() -> dict[str, object]:
 
 def expect_ours_in_place() -> None:
     """Fail unless our files are there, and Ganeti's, if at all, are put aside."""
+    expect("drop-in", (ROOT / DROP_IN).is_file(), True)
     expect("our program is a link", PROGRAM.is_symlink(), False)
     expect("our man page is a link", MAN_PAGE.is_symlink(), False)
     run(str(PROGRAM), "--version")
@@ -97,6 +115,13 @@ def expect_ganetis_in_place() -> None:
     expect("changed files", run("dpkg", "--verify", "ganeti"), "")
     expect("program", "(ganeti)" in run(str(PROGRAM), "--version"), True)
     expect("man page", MAN_PAGE.resolve().is_file(), True)
+
+
+def expect_ganetis_unit_in_place() -> None:
+    """Fail unless the unit is there, as Ganeti's package has it."""
+    expect("changed files", run("dpkg", "--verify", "ganeti"), "")
+    expect("unit", (ROOT / UNIT).read_text(), ganetis_unit())
+    expect("diversions", run("dpkg-divert", "--list", "*ganeti-kvmd.service*"), "")
 
 
 def expect_one_daemon(which: str) -> None:
@@ -139,68 +164,7 @@ def policy_against_restarts() -> Iterator[None]:
         POLICY.unlink()
 
 
-# ---- The packages --------------------------------------------------------------------
-
-
-def our_version() -> str:
-    """Return the version of the package that was built."""
-    return run("dpkg-deb", "--field", str(our_package()), "Version").strip()
-
-
-def our_package() -> Path:
-    """Return the newest package that `make deb` left."""
-    packages = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
-    return max(packages, key=lambda package: package.stat().st_mtime)
-
-
-def variant(version: str, *changes: Callable[[Path], None]) -> Path:
-    """Return a copy of our package of another version, with changes to its files."""
-    tree, package = Path("/tmp/variant"), Path("/tmp/variant.deb")
-    shutil.rmtree(tree, ignore_errors=True)
-    run("dpkg-deb", "--raw-extract", str(our_package()), str(tree))
-    substitute(tree / "DEBIAN/control", "(?m)^Version: .*", f"Version: {version}")
-    module = tree / "usr/share/ganeti-kvmd/kvmd.py"
-    substitute(module, "(?m)^VERSION = .*", f'VERSION = "{version}"')
-    for change in changes:
-        change(tree)
-    # What is changed here need not agree with the sums from the build.
-    (tree / "DEBIAN/md5sums").unlink()
-    run("dpkg-deb", "-Znone", "--build", str(tree), str(package))
-    return package
-
-
-def substitute(path: Path, pattern: str, replacement: str) -> None:
-    """Replace what matches in a file; something has to."""
-    text, times = re.subn(pattern, replacement, path.read_text())
-    expect(f"{pattern} in {path}, found", times > 0, True)
-    path.write_text(text)
-
-
-def fails_in(script: str, action: str) -> Callable[[Path], None]:
-    """Return a change: a maintainer script does its work, then fails."""
-
-    def change(tree: Path) -> None:
-        with (tree / "DEBIAN" / script).open("a") as file:
-            file.write(f'\n[ "$1" != {action} ]\n')
-
-    return change
-
-
-def fails_to_unpack(tree: Path) -> None:
-    """Have the package bring a file that is another package's."""
-    program = tree / "usr/bin/dpkg-divert"
-    program.parent.mkdir()
-    program.touch()
-
-
-def does_not_run(tree: Path) -> None:
-    """Break the program."""
-    (tree / "usr/share/ganeti-kvmd/kvmd.py").write_text("import nothing_of_this_name\n")
-
-
-def dies_of_sigusr2(tree: Path) -> None:
-    """Have the daemon not know how to restart in place."""
-    substitute(tree / "usr/share/ganeti-kvmd/kvmd.py", "SIGUSR2", "SIGWINCH")
+# ---- What dpkg does ------------------------------------------------------------------
 
 
 def install(package: Path) -> None:
@@ -354,16 +318,152 @@ def upgrading_without_ganeti_restarts_in_place() -> None:
     install_ganeti()
 
 
+# ---- Beside a Ganeti that brings a unit of its own -----------------------------------
+
+
+@contextlib.contextmanager
+def the_node_back() -> Iterator[None]:
+    """At the end, have the node as all scenarios find it, with a Ganeti without units.
+
+    Going back to that, Ganeti's package leaves the unit enabled.
+    """
+    yield
+    purge()
+    install_ganeti()
+    for link in Path("/etc/systemd/system").glob("*.wants/ganeti-kvmd.service"):
+        link.unlink()
+
+
+def ganetis_unit_is_left_alone_whatever_becomes_of_ours() -> None:
+    with the_node_back():
+        install_ganeti(ganeti_with_units())
+        for action in (remove, purge):
+            install(our_package())
+            expect_ours_in_place()
+            expect_ganetis_unit_in_place()
+            install(variant(NEWER))
+            expect_ganetis_unit_in_place()
+            action()
+            expect_ganetis_unit_in_place()
+            expect("drop-in", (ROOT / DROP_IN).exists(), False)
+
+
+def ganeti_may_bring_its_unit_later() -> None:
+    with the_node_back():
+        install(our_package())
+        expect("unit", (ROOT / UNIT).exists(), False)
+        with nothing_disturbed():
+            install_ganeti(ganeti_with_units())
+        expect_ours_in_place()
+        expect_ganetis_unit_in_place()
+        purge()
+        expect_ganetis_unit_in_place()
+
+
+def ganeti_may_go_with_its_unit_and_come_back() -> None:
+    with the_node_back():
+        install_ganeti(ganeti_with_units())
+        install(our_package())
+        daemon_util("stop")
+        remove_ganeti("--remove")
+        expect("unit", (ROOT / UNIT).exists(), False)
+        expect("drop-in", (ROOT / DROP_IN).is_file(), True)
+        install_ganeti(ganeti_with_units())
+        expect_ours_in_place()
+        expect_ganetis_unit_in_place()
+
+
+def a_unit_that_was_ours_goes_and_leaves_the_place_to_ganetis() -> None:
+    for directory in ("lib", "usr/lib"):
+        with the_node_back():
+            install(first_version(directory))
+            expect("unit", (ROOT / UNIT).is_file(), True)
+            with nothing_disturbed():
+                install(our_package())
+            expect("unit", (ROOT / UNIT).exists(), False)
+            expect_ours_in_place()
+            expect_ganetis_unit_can_be_enabled()
+            install_ganeti(ganeti_with_units())
+            expect_ganetis_unit_in_place()
+
+
+def ganetis_unit_that_ours_was_in_the_way_of_comes_after_an_upgrade() -> None:
+    with the_node_back():
+        install(first_version("usr/lib"))
+        with policy_against_restarts():
+            fail_to("install", str(ganeti_with_units()))
+        install(our_package())
+        install_ganeti(ganeti_with_units())
+        expect_ours_in_place()
+        expect_ganetis_unit_in_place()
+
+
+def ganetis_unit_that_replaced_ours_survives_an_upgrade() -> None:
+    with the_node_back():
+        install(first_version("lib"))
+        install_ganeti(ganeti_with_units())
+        for failure in (fails_to_unpack, fails_in("preinst", "upgrade")):
+            fail_to("install", str(variant(NEWER, failure)))
+            expect_ganetis_unit_in_place()
+        fail_to("install", str(variant(NEWER, fails_in("postinst", "configure"))))
+        expect_ganetis_unit_in_place()
+        install(variant(NEWER))
+        expect_ours_in_place()
+        expect_ganetis_unit_in_place()
+        expect_ganetis_unit_can_be_enabled()
+        purge()
+        expect_ganetis_unit_in_place()
+
+
+def ganetis_unit_that_ours_has_overwritten_is_told_of() -> None:
+    with the_node_back():
+        install_ganeti(ganeti_with_units())
+        install(first_version("lib"))
+        told = run("dpkg", "--install", str(our_package()))
+        expect("told", "apt-get install --reinstall ganeti" in told, True)
+        expect("unit", (ROOT / UNIT).is_file(), True)
+        install_ganeti(ganeti_with_units())
+        expect_ours_in_place()
+        expect_ganetis_unit_in_place()
+
+
+def expect_ganetis_unit_can_be_enabled() -> None:
+    """Fail unless Ganeti's package will find, or has found, nothing against that."""
+    run(
+        *("env", "DPKG_MAINTSCRIPT_PACKAGE=ganeti", "deb-systemd-helper"),
+        *("--quiet", "was-enabled", "ganeti-kvmd.service"),
+    )
+    if (ROOT / UNIT).exists() and shutil.which("systemctl"):
+        run("systemctl", "--root=/", "--quiet", "is-enabled", "ganeti-kvmd.service")
+
+
 def remove_ganeti(how: str) -> None:
     """Remove or purge the package that has Ganeti's links, leaving the daemon alone."""
     with policy_against_restarts():
         run("dpkg", how, "ganeti")
 
 
-def install_ganeti() -> None:
-    """Install that package again, starting nothing."""
+def install_ganeti(package: Path | None = None) -> None:
+    """Install that package, by default without units, starting nothing."""
     with policy_against_restarts():
-        run("dpkg", "--install", *map(str, Path("/packages").glob("ganeti_*.deb")))
+        install(package or ganeti_without_units())
+
+
+# ---- The launcher --------------------------------------------------------------------
+
+
+def the_launcher_heeds_nothing_of_its_callers_python() -> None:
+    install(our_package())
+    first_line = PROGRAM.read_text().split("\n", 1)[0]
+    expect("first line", first_line, "#!/usr/bin/python3 -BIS")
+    hostile = Path("/tmp/hostile")
+    hostile.mkdir()
+    for module in ("selectors", "kvmd", "json", "sitecustomize", "usercustomize"):
+        (hostile / f"{module}.py").write_text("raise SystemExit('of the caller')\n")
+    os.chdir(hostile)
+    run("env", f"PYTHONPATH={hostile}", f"PYTHONHOME={hostile}", str(PROGRAM), "-V")
+    os.chdir("/")
+    shutil.rmtree(hostile)
 
 
 # ---- Aborted half way ----------------------------------------------------------------
@@ -476,6 +576,14 @@ SCENARIOS = [
     ganeti_may_go_and_come_back,
     removing_without_ganeti_stops_ours,
     upgrading_without_ganeti_restarts_in_place,
+    ganetis_unit_is_left_alone_whatever_becomes_of_ours,
+    ganeti_may_bring_its_unit_later,
+    ganeti_may_go_with_its_unit_and_come_back,
+    a_unit_that_was_ours_goes_and_leaves_the_place_to_ganetis,
+    ganetis_unit_that_ours_was_in_the_way_of_comes_after_an_upgrade,
+    ganetis_unit_that_replaced_ours_survives_an_upgrade,
+    ganetis_unit_that_ours_has_overwritten_is_told_of,
+    the_launcher_heeds_nothing_of_its_callers_python,
     failing_to_unpack_disturbs_nothing,
     failing_in_preinst_disturbs_nothing,
     failing_to_unpack_after_removal_disturbs_nothing,
@@ -504,13 +612,14 @@ def play(scenario: Callable[[], None], untouched: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Play all scenarios; the first one that fails ends it."""
+    """Play all scenarios, or those named; the first one that fails ends it."""
     start = time.monotonic()
     set_up_node()
     untouched = traces()
-    for scenario in SCENARIOS:
+    scenarios = [s for s in SCENARIOS if s.__name__ in (sys.argv[1:] or [s.__name__])]
+    for scenario in scenarios:
         play(scenario, untouched)
-    print(f"all {len(SCENARIOS)} hold, {time.monotonic() - start:.0f} s")
+    print(f"all {len(scenarios)} hold, {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
