@@ -110,11 +110,12 @@ BENCH =
 bench: need-bench ## measure beside Ganeti's own daemon and a floor in C (as root)
 	$(PYTHON) test/bench/bench.py $(BENCH)
 
-# Ganeti's own daemon is not installed, but the libraries are that it needs.
-BENCH_PACKAGES = gcc libc6-dev libcurl3-gnutls libffi8 libgmp10 libpcre3 python3
+# Ganeti's own daemon is not installed, but what its package depends on is.
 need-bench:
-	@dpkg -s $(BENCH_PACKAGES) >/dev/null 2>&1 || { $(APT) update -qq && \
-	$(APT) install -qq -y --no-install-recommends $(BENCH_PACKAGES); }
+	@$(APT) update -qq
+	@$(APT) install -qq -y --no-install-recommends gcc libc6-dev python3 \
+	$$(apt-cache depends $$(test/bench/ganeti-package) | \
+	sed -n 's/^  Depends: \([^<]*\)$$/\1/p')
 .PHONY: bench need-bench
 
 need-python:

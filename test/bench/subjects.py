@@ -26,10 +26,8 @@ PID_FILE = Path("/var/run/ganeti/ganeti-kvmd.pid")
 LOG_DIR = Path("/var/log/ganeti")
 SSCONF_DIR = Path("/var/lib/ganeti")
 
-#: The package with Ganeti's own daemon. The libraries it needs that few machines have
-#: are installed by `make bench`.
-HASKELL_PACKAGE = "ganeti-haskell-3.0"
-HASKELL_DAEMON = "usr/lib/ganeti/3.0/usr/sbin/ganeti-kvmd"
+#: Ganeti's own daemon in its package. What it needs is installed by `make bench`.
+HASKELL_DAEMON = "usr/lib/ganeti/*/usr/sbin/ganeti-kvmd"
 
 #: Users and groups that Ganeti's own daemon insists on finding, all of them root here.
 GANETI_NAMES = ["admin", "confd", "daemons", "luxid", "masterd", "metad", "rapi"]
@@ -159,8 +157,11 @@ def prepare_floor(directory: Path) -> Subject:
 
 def prepare_haskell(directory: Path) -> Subject:
     """Fetch Ganeti's own daemon, and unpack it."""
+    name = subprocess.run(
+        [HERE / "ganeti-package"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     subprocess.run(
-        ["apt-get", "download", "-qq", HASKELL_PACKAGE],
+        ["apt-get", "download", "-qq", name],
         cwd=directory,
         check=True,
         stderr=subprocess.DEVNULL,
@@ -168,7 +169,8 @@ def prepare_haskell(directory: Path) -> Subject:
     package = next(directory.glob("*.deb"))
     unpacked = directory / "haskell"
     subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
-    return Subject("haskell", [str(unpacked / HASKELL_DAEMON)])
+    (daemon,) = unpacked.glob(HASKELL_DAEMON)
+    return Subject("haskell", [str(daemon)])
 
 
 def prepare_kvmd(directory: Path) -> Subject:

@@ -1,0 +1,242 @@
+"""Facts about UNIX sockets and their files, as the kernel tells them.
+
+What tells one socket file from the next of its name, who is at the other end of a
+connection, which names are listened on, what a process has open. No policy, and
+nothing of instances.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import struct
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Bytes of sun_path but for its NUL, unix(7).
+LONGEST_SOCKET_PATH = 107
+
+AT_FDCWD = -100
+#: statx(2): flag and masks; struct statx, its mask and its birth time in it.
+AT_SYMLINK_NOFOLLOW = 0x100
+STATX_BTIME = 0x800
+STATX_SIZE = 256
+STATX_MASK = struct.Struct("I")
+STATX_BIRTH = struct.Struct("80xqI")
+#: name_to_handle_at(2): MAX_HANDLE_SZ; struct file_handle without the handle itself.
+LONGEST_HANDLE = 128
+HANDLE_HEADER = struct.Struct("Ii")
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+#: A change younger than this may be followed by another with the same time: the clock
+#: of kernels before 6.13 ticks up to every 10 ms.
+CLOCK_TICK_NS = 100_000_000
+
+#: From linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h: what asks for the peer of
+#: every UNIX socket, as sock_diag(7) has it.
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLM_F_REQUEST_DUMP = 0x301
+UDIAG_SHOW_PEER = 4
+UNIX_DIAG_PEER = 2
+#: Seconds that the kernel may take for an answer; bytes of one read of it.
+DIAG_TIMEOUT = 10
+DIAG_READ_SIZE = 65536
+NETLINK_HEADER = struct.Struct("=IHHII")
+DIAG_REQUEST = struct.Struct("=BBHIIIQ")
+DIAG_ANSWER = struct.Struct("=BBBBIQ")
+ATTRIBUTE_HEADER = struct.Struct("=HH")
+
+#: Of a line in /proc/net/unix: the width of its second to sixth field; the flag of a
+#: listener; the state of a connection.
+FIELD_WIDTHS = [8, 8, 8, 4, 2]
+SO_ACCEPTCON = 0x10000
+SS_CONNECTED = 3
+
+#: A socket that was bound to a name: whether it listens, whether it is connected.
+BoundSocket = collections.namedtuple("BoundSocket", "listens is_connected inode")
+
+
+class SocketFile(collections.namedtuple("SocketFile", "device inode birth changed")):
+    """A socket file as it was seen.
+
+    `birth` is what tells it from a later file with its inode number: the kernel's file
+    handle, or else the birth time in ns. `changed` is the time of the inode's last
+    change in ns, 0 if that is too recent to tell it from the next change.
+    """
+
+    __slots__ = ()
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """What stays the same whatever is done to the file but to make it anew."""
+        return self.device, self.inode, self.birth
+
+
+def find_socket_file(path: str, seen: SocketFile | None = None) -> SocketFile | None:
+    """Return the socket file at a path, None if there is none.
+
+    What was seen there before spares the kernel a second question if nothing changed:
+    then it is returned itself.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    changed = status.st_ctime_ns
+    if seen and seen[:2] == (status.st_dev, status.st_ino) and seen[3] == changed:
+        return seen
+    if changed > time.time_ns() - CLOCK_TICK_NS:
+        changed = 0
+    birth = _birth(os.fsencode(path)) or status.st_mtime_ns
+    return SocketFile(status.st_dev, status.st_ino, birth, changed)
+
+
+def socket_identity(path: str) -> tuple[int, int, int] | None:
+    """Return what tells the socket at a path from a later one, None if there is none.
+
+    It is the same after utime, chmod, chown, link and rename, whoever does them.
+    """
+    file = find_socket_file(path)
+    return file.identity if file else None
+
+
+def _birth(path: bytes) -> int:
+    """Return the file handle or the birth time of a file, 0 if neither is known.
+
+    The handle comes first: it holds a random number of each inode (the generation),
+    and tmpfs knows no birth times on older kernels. Overlayfs has no handles.
+    """
+    handle = ctypes.create_string_buffer(
+        HANDLE_HEADER.pack(LONGEST_HANDLE, 0), HANDLE_HEADER.size + LONGEST_HANDLE
+    )
+    mount = ctypes.c_int()
+    if not LIBC.name_to_handle_at(AT_FDCWD, path, handle, ctypes.byref(mount), 0):
+        size, _ = HANDLE_HEADER.unpack_from(handle)
+        return int.from_bytes(handle[HANDLE_HEADER.size :][:size], "little")
+    status = ctypes.create_string_buffer(STATX_SIZE)
+    flags = AT_SYMLINK_NOFOLLOW
+    if not LIBC.statx(AT_FDCWD, path, flags, STATX_BTIME, status):
+        if STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
+            seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
+            return int(seconds * 10**9 + nanoseconds)
+    return 0
+
+
+def peer_pid(connection: socket.socket) -> int | None:
+    """Return the pid of who listened there, None if it is in another pid namespace."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return struct.unpack("3i", credentials)[0] or None
+
+
+def socket_inode(connection: socket.socket) -> int:
+    """Return the inode number of a connection, which is unique while it is open."""
+    return os.fstat(connection.fileno()).st_ino
+
+
+def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
+    """Return the sockets that were bound to each name in a directory, there or not.
+
+    From /proc/self/net/unix, which has the names as bound, whatever they lead to now,
+    with a line for the listener and for each connection that it took. None of these
+    names is looked up: it may lead to a file system of its owner's that never answers.
+    A local user can have any name listed, in a mount namespace of his own. Raises
+    OSError.
+    """
+    with open("/proc/self/net/unix", "rb") as table:
+        lines = os.fsdecode(table.read()).split("\n")
+    real = os.path.realpath(directory)
+    spellings = {directory, real, f"/var{real}"}  # /var/run is Ganeti's name for /run
+    sockets: dict[str, list[BoundSocket]] = {}
+    for line in lines[1:]:
+        place, _, name = line.rpartition("/")
+        fields = place.split(None, 7)
+        if len(fields) < 8 or fields[7] not in spellings:
+            continue
+        try:
+            flags, state, inode = int(fields[3], 16), int(fields[5], 16), int(fields[6])
+        except ValueError:
+            continue
+        # What a name with a line feed in it forges is to be no shorter than a line.
+        if [len(field) for field in fields[1:6]] == FIELD_WIDTHS:
+            entry = BoundSocket(bool(flags & SO_ACCEPTCON), state == SS_CONNECTED, inode)
+            sockets.setdefault(name, []).append(entry)
+    return sockets
+
+
+def listening_names(directory: str) -> set[str]:
+    """Return the names in a directory that somebody listens on, there or not.
+
+    Raises OSError.
+    """
+    sockets = read_bound_sockets(directory)
+    return {name for name in sockets if any(one.listens for one in sockets[name])}
+
+
+def is_listened_on(path: str) -> bool:
+    """Tell whether somebody listens on a name, though it may be gone. Raises OSError.
+
+    It takes about 7 us per socket of the whole node: for many names ask
+    `listening_names`.
+    """
+    directory, name = os.path.split(path)
+    return name in listening_names(directory)
+
+
+def read_peers() -> dict[int, int]:
+    """Return the inode number of each UNIX socket's peer. Raises OSError."""
+    request = DIAG_REQUEST.pack(
+        socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, UDIAG_SHOW_PEER, 2**64 - 1
+    )
+    header = NETLINK_HEADER.pack(
+        NETLINK_HEADER.size + len(request),
+        *(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 0, 0),
+    )
+    peers: dict[int, int] = {}
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as diag:
+        diag.settimeout(DIAG_TIMEOUT)
+        diag.send(header + request)
+        while _parse_peers(diag.recv(DIAG_READ_SIZE), peers):
+            pass
+    return peers
+
+
+def _parse_peers(answers: bytes, peers: dict[int, int]) -> bool:
+    """Add what one datagram of sock_diag(7) tells; return whether more is to come."""
+    offset = 0
+    while offset < len(answers):
+        length, kind, *_ = NETLINK_HEADER.unpack_from(answers, offset)
+        if kind != SOCK_DIAG_BY_FAMILY:
+            return False  # NLMSG_DONE, or NLMSG_ERROR
+        body = offset + NETLINK_HEADER.size
+        inode = DIAG_ANSWER.unpack_from(answers, body)[4]
+        attribute = body + DIAG_ANSWER.size
+        while attribute < offset + length:
+            size, what = ATTRIBUTE_HEADER.unpack_from(answers, attribute)
+            if what == UNIX_DIAG_PEER:
+                value = answers[attribute + ATTRIBUTE_HEADER.size : attribute + size]
+                peers[inode] = int.from_bytes(value, sys.byteorder)
+            attribute += (size + 3) & ~3
+        offset += (length + 3) & ~3
+    return True
+
+
+def open_files(pid: str) -> Iterator[tuple[int, str]]:
+    """Yield the descriptors of a process, and what they are of, as /proc/PID/fd has it.
+
+    Raises OSError.
+    """
+    directory = f"/proc/{pid}/fd"
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
+            yield int(name), os.readlink(f"{directory}/{name}")
