@@ -11,13 +11,13 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path[1:1] = [str(CHECKOUT / "test"), str(CHECKOUT / "test/ganeti")]
+HELPERS = ("test", "test/ganeti", "test/package")
+sys.path[1:1] = [str(CHECKOUT / helpers) for helpers in HELPERS]
 
 from actions import (  # noqa: E402
     PATIENCE,
@@ -38,6 +38,7 @@ from cluster import (  # noqa: E402
 )
 from deadline import wait_until  # noqa: E402
 from guests import Guest, Guests  # noqa: E402
+from packages import NEWER, our_package, variant  # noqa: E402
 from service import (  # noqa: E402
     UNIT,
     journal,
@@ -53,7 +54,6 @@ NODE = "node1.example.org"
 SSCONF = Path("/var/lib/ganeti")
 DEFAULTS = Path("/etc/default/ganeti")
 GANETIS_EXECUTABLE = "ganeti-kvmd"
-NEWER = "999"
 
 
 # ---- The node ------------------------------------------------------------------------
@@ -72,25 +72,6 @@ def set_up_node() -> None:
 def switch_user_shutdown(value: str) -> None:
     """Have the cluster want the daemon (`True`), or not (`False`)."""
     (SSCONF / "ssconf_enabled_user_shutdown").write_text(f"{value}\n")
-
-
-def our_package() -> Path:
-    """Return the package that `make deb` left."""
-    (package,) = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
-    return package
-
-
-def newer_package() -> Path:
-    """Return a copy of our package whose version, the daemon's too, is newer."""
-    package = Path("/root/newer.deb")
-    with tempfile.TemporaryDirectory() as directory:
-        tree = Path(directory, "tree")
-        run("dpkg-deb", "--raw-extract", str(our_package()), str(tree))
-        for file in (tree / "DEBIAN/control", *tree.glob("usr/share/ganeti-kvmd/*.py")):
-            text = re.sub("(?m)^Version: .*", f"Version: {NEWER}", file.read_text())
-            file.write_text(re.sub("(?m)^VERSION = .*", f'VERSION = "{NEWER}"', text))
-        run("dpkg-deb", "-Znone", "--build", str(tree), str(package))
-    return package
 
 
 def wait_until_runs(executable: str) -> None:
@@ -115,7 +96,7 @@ def play(action: Action) -> None:
 
 
 def go_through(action: Action, guests: Guests) -> None:
-    """Have guests go down before, during and after an action; judge what Ganeti sees."""
+    """Have guests go down before, during and after an action; judge the files."""
     guests.start()
     guests.connect()
     guests.do_before()
@@ -135,6 +116,20 @@ def guests_of_all_kinds() -> Iterator[Guests]:
         yield guests
     finally:
         guests.vanish()
+
+
+@contextlib.contextmanager
+def three_guests() -> Iterator[list[Guest]]:
+    """Make guests that run and are watched, and leave none."""
+    guests = [Guest("one") for _ in range(3)]
+    try:
+        for guest in guests:
+            guest.start()
+            guest.connect()
+        yield guests
+    finally:
+        for guest in guests:
+            guest.vanish()
 
 
 @contextlib.contextmanager
@@ -221,15 +216,12 @@ def started_it_takes_up_what_runs() -> None:
 
 
 def stopped_and_started_it_remembers_what_was_before() -> None:
-    with Guest("pressed") as pressed, Guest("left") as left, Guest("off") as off:
-        for guest in (pressed, left, off):
-            guest.start()
-            guest.connect()
+    with three_guests() as (pressed, left, off):
         pressed.press_power_button()
         pressed.wait_until_read()
         off.power_off()
+        wait_until_watched(2)
         systemctl("stop")
-        off.judge_file()
         systemctl("start")
         for guest in (pressed, left):
             guest.wait_until_client_leaves()
@@ -299,7 +291,7 @@ def frozen_it_is_replaced_and_has_lost_nothing() -> None:
 
 
 def upgrading_loses_nothing() -> None:
-    package = newer_package()
+    package = variant(NEWER)
     with same_process():
         play(command("dpkg", "--install", str(package)))
     expect("version runs", f" INFO started kvmd {NEWER} " in log(), True)

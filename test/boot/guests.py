@@ -101,9 +101,6 @@ class Guest(FakeQemu):
         self.exit()
         self.shutdown_file.unlink(missing_ok=True)
 
-    def __exit__(self, *_: object) -> None:
-        self.vanish()
-
     def _end_as(self, verdict: str) -> None:
         self.is_running = False
         self._has_file = verdict == "user"
