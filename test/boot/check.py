@@ -41,6 +41,7 @@ from guests import Guest, Guests  # noqa: E402
 from packages import NEWER, our_package, variant  # noqa: E402
 from service import (  # noqa: E402
     UNIT,
+    has_watch,
     journal,
     log,
     main_pid,
@@ -198,6 +199,7 @@ def started_it_is_ready_when_it_is_at_work() -> None:
     systemctl("start")
     expect("state", state(), "active (running)")
     expect("pid file", PID_FILE.read_text(), f"{main_pid()}\n")
+    expect("it watches", has_watch(main_pid()), True)
     told = 'Status: "instances watched: 0"' in run("systemctl", "status", UNIT)
     expect("status is told", told, True)
     systemctl("stop")
@@ -295,6 +297,7 @@ def upgrading_loses_nothing() -> None:
     with same_process():
         play(command("dpkg", "--install", str(package)))
     expect("version runs", f" INFO started kvmd {NEWER} " in log(), True)
+    expect("systemd's drop-in is an old one", show("NeedDaemonReload"), "no")
 
 
 def restarting_systemd_loses_nothing() -> None:

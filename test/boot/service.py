@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from cluster import LOG_FILE, run
 from deadline import wait_until
@@ -33,6 +34,12 @@ def main_pid() -> int:
 def is_replaced(pid: int) -> bool:
     """Tell whether another process than this one is the daemon, and is ready."""
     return main_pid() not in {0, pid} and show("ActiveState") == "active"
+
+
+def has_watch(pid: int) -> bool:
+    """Tell whether a process watches a directory."""
+    files = Path(f"/proc/{pid}/fdinfo").iterdir()
+    return any("inotify wd:" in path.read_text() for path in files)
 
 
 def watched() -> int:
