@@ -1,4 +1,5 @@
 # kvmd: `make help` names the targets.
+.DEFAULT_GOAL = help
 
 PREFIX  = /usr
 SBINDIR = $(PREFIX)/sbin
@@ -15,22 +16,24 @@ SOAK_SECONDS = 60
 # One download that fails is no failure.
 APT = apt-get -o Acquire::Retries=3
 
+# $(call install-packages,COMMAND that needs them,PACKAGES)
+install-packages = command -v $(1) >/dev/null || \
+	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
+
+need-debootstrap:
+	@$(call install-packages,debootstrap,debootstrap)
+.PHONY: need-debootstrap
+
 ifdef SUITE
 # With SUITE=trixie, say, a target is made in a Debian of that release, with the
 # other variables as they are given; `in-suite` makes TARGET there.
 TARGET = $@
-MAKECMDGOALS ?= help
+MAKECMDGOALS ?= $(.DEFAULT_GOAL)
 .PHONY: $(MAKECMDGOALS)
-$(MAKECMDGOALS):
-	@command -v debootstrap >/dev/null || { $(APT) update -qq && \
-	$(APT) install -qq -y --no-install-recommends debootstrap; }
+$(MAKECMDGOALS): need-debootstrap
 	test/world/enter $(SUITE) \
 		make $(filter-out SUITE=% TARGET=%,$(MAKEOVERRIDES)) $(TARGET)
 else
-
-# $(call install-packages,COMMAND that needs them,PACKAGES)
-install-packages = command -v $(1) >/dev/null || \
-	{ $(APT) update -qq && $(APT) install -qq -y --no-install-recommends $(2); }
 
 help: ## name the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,7 +48,10 @@ check: need-qemu need-tests ## run all tests, on the oldest and newest Python to
 soak: need-qemu need-tests ## run the long tests (SOAK_SECONDS each, default 60)
 	KVMD_SOAK_SECONDS=$(SOAK_SECONDS) test/check-pythons $(VENV) -m soak --timeout=0
 
-MODULES = kvmd.py $(sort $(wildcard kvmd_*.py))
+lint: need-venv ## let ruff and mypy read the code
+	.ci/lint $(VENV)-lint
+
+MODULES = kvmd.py kvmd_*.py
 
 install: ## install below DESTDIR, with PREFIX (default /usr)
 	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(DATADIR) $(DESTDIR)$(MANDIR)/man8 \
@@ -95,7 +101,9 @@ need-packaging:
 
 check-ganeti: deb ## try the package on a real Ganeti node, in namespaces (as root)
 	test/ganeti/throwaway $(PYTHON) /checkout/test/ganeti/check.py
-.PHONY: check-ganeti
+check-upgrade: deb need-debootstrap ## upgrade a node of Debian 12 to 13 (as root)
+	test/world/enter bookworm test/ganeti/upgrade trixie
+.PHONY: check-ganeti check-upgrade
 
 # The release whose systemd is booted.
 SYSTEMD = trixie
@@ -124,6 +132,10 @@ need-python:
 need-qemu:
 	@$(call install-packages,qemu-system-x86_64,qemu-system-x86)
 
+need-venv:
+	@python3 -c "import ensurepip" 2>/dev/null || { $(APT) update -qq && \
+	$(APT) install -qq -y --no-install-recommends python3 python3-venv; }
+
 # Debian's pytest for Debian's Python, unless it can have a virtual environment.
 need-tests:
 	@python3 -c "import ensurepip" 2>/dev/null || \
@@ -137,5 +149,5 @@ clean: ## remove what the other targets made
 	rm -rf $(VENV)* .worlds dist .pytest_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo check soak need-python need-qemu need-tests clean
+.PHONY: help demo check soak lint need-python need-qemu need-tests need-venv clean
 endif

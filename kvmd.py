@@ -12,25 +12,33 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 
 from kvmd_check import check
-from kvmd_daemon import SUFFIXES, Daemon
-from kvmd_journal import Inheritance
+from kvmd_daemon import Daemon
+from kvmd_instances import SUFFIXES, Instances
+from kvmd_journal import Contents, read_journal
 from kvmd_log import Log, printable, stderr_sink, syslog_sink, write_to_stderr
-from kvmd_monitor import Reactor
+from kvmd_loop import Loop
+from kvmd_monitor import Surroundings
 from kvmd_options import Options, parse_arguments
 from kvmd_process import (
     PidFile,
     StartError,
+    close_inherited,
     detach,
+    find_inherited_pid_file,
     raise_descriptor_limit,
     raise_priority,
     report_to_nobody,
+    resist_oom_killer,
     sanitize_process,
 )
 from kvmd_settings import Level, judge_cluster, names_of_node
-from kvmd_systemd import Notifier
+from kvmd_restart import Restart
+from kvmd_socket import open_sockets
+from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
 
 TYPE_CHECKING = False
@@ -55,49 +63,103 @@ def is_wanted(options: Options, log: Log) -> bool:
 def make_log(options: Options) -> Log:
     """Return the log as the options want it, the file not open yet."""
     sinks: list[Callable[[str, str], None]] = []
-    if options.foreground:
-        sinks.append(stderr_sink)
-    if options.syslog != "no":
-        sinks.append(syslog_sink())
-    log = Log(None if options.syslog == "only" else options.log_file, sinks)
+    fallbacks: list[Callable[[str, str], None]] = []
+    (sinks if options.foreground else fallbacks).append(stderr_sink)
+    (sinks if options.syslog != "no" else fallbacks).append(syslog_sink)
+    log = Log(None if options.syslog == "only" else options.log_file, sinks, fallbacks)
     log.debugging = options.debug
     return log
 
 
+def read_earlier_journal(options: Options, log: Log) -> Contents:
+    """Return what an earlier daemon left in the journal, empty if it is of no use."""
+    try:
+        contents = read_journal(options.state_file)
+        if contents.header.get("control_dir") != options.control_dir:
+            raise ValueError("of another control directory")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning(
+            f"{options.state_file}: it can't be used ({error}); connecting anew"
+        )
+    else:
+        return contents
+    return Contents({}, {}, None)
+
+
+def adopt_connections(
+    earlier: Contents, sockets: dict[int, int]
+) -> dict[int, socket.socket]:
+    """Return those inherited sockets that are connections of the daemon's; close others.
+
+    All are given, and returned, by inode number.
+    """
+    known = {record.get("connection") for record in earlier.records.values()}
+    known |= stored_connections(os.environ)
+    adopted = {}
+    for inode, fd in sockets.items():
+        if inode in known:
+            adopted[inode] = socket.socket(fileno=fd)
+            adopted[inode].set_inheritable(False)
+        else:
+            os.close(fd)
+    return adopted
+
+
+def make_daemon(
+    options: Options, command: list[str], log: Log, earlier: Contents
+) -> Daemon:
+    """Put the daemon together."""
+    notifier = Notifier(os.environ)
+    store = DescriptorStore(notifier, earlier.header.get("discarded", []))
+    limit = raise_descriptor_limit()
+    surroundings = Surroundings(options.control_dir, log, Loop(), store, limit)
+    suffixes = SUFFIXES[options.socket_suffix]
+    instances = Instances(surroundings, suffixes, options.rescan_interval)
+    restart = Restart(command, log)
+    return Daemon(surroundings, notifier, options.state_file, instances, restart)
+
+
 def serve(
-    options: Options, command: list[str], log: Log, inheritance: Inheritance
+    options: Options,
+    command: list[str],
+    log: Log,
+    inherited: int | None,
+    sockets: dict[int, int],
 ) -> int:
-    """Run the daemon, which the command starts anew; return the exit status."""
+    """Run the daemon, which the command starts anew; return the exit status.
+
+    `inherited` is the locked pid file of a restart in place, `sockets` what sockets the
+    process was started with.
+    """
     report: Callable[[str], None] = report_to_nobody
     if options.foreground:
         raise_priority()
-    elif inheritance.pid_file is None:
+    elif inherited is None:
         report = detach()
     try:
-        pid_file = PidFile(options.pid_file, inheritance.pid_file)
+        pid_file = PidFile(options.pid_file, inherited)
     except StartError as error:
         log.error(str(error))
+        log.flush()
         report(printable(str(error)))
         return 1
     try:
-        limit = raise_descriptor_limit()
-        notifier = Notifier(os.environ)
-        daemon = Daemon(
-            Reactor(options.control_dir, log, notifier, limit),
-            SUFFIXES[options.socket_suffix],
-            options.rescan_interval,
-            command,
-        )
-        daemon.start(inheritance)
+        earlier = read_earlier_journal(options, log)
+        daemon = make_daemon(options, command, log, earlier)
+        daemon.start(earlier, adopt_connections(earlier, sockets))
         log.info(f"started kvmd {VERSION} for {options.control_dir}")
+        log.flush()
         report("")
         gc.freeze()
         daemon.run()
-        while daemon.restarting and not daemon.stopping:
+        while daemon.restart.is_due and not daemon.is_stopping:
             daemon.become_new_program(pid_file.fd)
             daemon.run()
-        notifier.send("STOPPING=1")
+        daemon.finish()
         log.info("stopped")
+        log.flush()
     finally:
         pid_file.remove()
     return 0
@@ -112,31 +174,43 @@ def main() -> int:
     if options.check:
         return check(options)
     command = options.command()  # its path may be relative to where we are now
-    inheritance = Inheritance()
+    inherited = find_inherited_pid_file(options.pid_file)
+    sockets = open_sockets()
+    close_inherited({*sockets.values(), inherited or 0})
     sanitize_process()
     log = make_log(options)
-    sys.excepthook = lambda _type, error, _traceback: log.exception(
-        "unexpected error, giving up", error
-    )
-    problem = None
     try:
         log.open()
-    except OSError as error:
-        problem = f"cannot open the log file {error.filename}: {error.strerror}"
-        if not options.foreground:
-            log.sinks.append(stderr_sink)
+        return run(options, command, log, inherited, sockets)
+    except Exception as error:
+        log.exception("unexpected error, giving up", error)
+        return 1
+    finally:
+        log.flush()
+
+
+def run(
+    options: Options,
+    command: list[str],
+    log: Log,
+    inherited: int | None,
+    sockets: dict[int, int],
+) -> int:
+    """Run the daemon if it is wanted and may run; return the exit status."""
     if not options.no_cluster_checks and not is_wanted(options, log):
-        if inheritance.pid_file is not None:
-            PidFile(options.pid_file, inheritance.pid_file).remove()
+        if inherited is not None:
+            PidFile(options.pid_file, inherited).remove()
         # Without it, systemd takes the end for a failure, and starts the daemon again.
         Notifier(os.environ).send("READY=1")
         return 0
     if not options.no_user_checks and os.geteuid() != 0:
-        problem = "must run as root (or with --no-user-checks, for trials)"
-    if problem and inheritance.pid_file is None:
-        write_to_stderr(printable(f"{DAEMON_NAME}: {problem}"))
+        write_to_stderr(
+            f"{DAEMON_NAME}: must run as root (or with --no-user-checks, for trials)"
+        )
         return 1
-    return serve(options, command, log, inheritance)
+    resist_oom_killer()
+    log.flush()  # before another process goes on
+    return serve(options, command, log, inherited, sockets)
 
 
 if __name__ == "__main__":

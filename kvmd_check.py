@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import struct
-import sys
 
-from kvmd_daemon import SUFFIXES
 from kvmd_inotify import DirectoryWatch
-from kvmd_journal import open_files
-from kvmd_log import printable
-from kvmd_monitor import socket_identity
+from kvmd_instances import SUFFIXES
+from kvmd_log import printable, write_to_stdout
+from kvmd_process import lock_holder
 from kvmd_settings import (
     Finding,
     Level,
@@ -21,6 +17,13 @@ from kvmd_settings import (
     read_ssconf,
     reason_of,
 )
+from kvmd_socket import (
+    LONGEST_SOCKET_PATH,
+    open_files,
+    read_bound_sockets,
+    read_peers,
+    socket_identity,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,70 +31,19 @@ if TYPE_CHECKING:
 
     from kvmd_options import Options
 
-#: From linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h: what asks for the peer of
-#: every UNIX socket, as sock_diag(7) has it.
-NETLINK_SOCK_DIAG = 4
-SOCK_DIAG_BY_FAMILY = 20
-NLM_F_REQUEST_DUMP = 0x301
-UDIAG_SHOW_PEER = 4
-UNIX_DIAG_PEER = 2
-#: Seconds that the kernel may take for an answer; bytes of one read of it.
-DIAG_TIMEOUT = 10
-DIAG_READ_SIZE = 65536
-NETLINK_HEADER = struct.Struct("=IHHII")
-DIAG_REQUEST = struct.Struct("=BBHIIIQ")
-DIAG_ANSWER = struct.Struct("=BBBBIQ")
-ATTRIBUTE_HEADER = struct.Struct("=HH")
-
-#: Of a socket in /proc/net/unix: it listens; it is connected.
-SO_ACCEPTCON = 0x10000
-SS_CONNECTED = 3
 UNKNOWN_CLIENT = "unknown process"
 
 
-def read_peers() -> dict[int, int]:
-    """Return the inode number of each UNIX socket's peer. Raises OSError."""
-    request = DIAG_REQUEST.pack(
-        socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, UDIAG_SHOW_PEER, 2**64 - 1
-    )
-    header = NETLINK_HEADER.pack(
-        NETLINK_HEADER.size + len(request),
-        *(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST_DUMP, 0, 0),
-    )
-    peers: dict[int, int] = {}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as diag:
-        diag.settimeout(DIAG_TIMEOUT)
-        diag.send(header + request)
-        while parse_peers(diag.recv(DIAG_READ_SIZE), peers):
-            pass
-    return peers
+def read_holders(inodes: set[int], daemon: int | None) -> dict[int, str]:
+    """Return which process has each of the sockets open, as far as one may see.
 
-
-def parse_peers(answers: bytes, peers: dict[int, int]) -> bool:
-    """Add what one datagram of sock_diag(7) tells; return whether more is to come."""
-    offset = 0
-    while offset < len(answers):
-        length, kind, *_ = NETLINK_HEADER.unpack_from(answers, offset)
-        if kind != SOCK_DIAG_BY_FAMILY:
-            return False  # NLMSG_DONE, or NLMSG_ERROR
-        body = offset + NETLINK_HEADER.size
-        inode = DIAG_ANSWER.unpack_from(answers, body)[4]
-        attribute = body + DIAG_ANSWER.size
-        while attribute < offset + length:
-            size, what = ATTRIBUTE_HEADER.unpack_from(answers, attribute)
-            if what == UNIX_DIAG_PEER:
-                value = answers[attribute + ATTRIBUTE_HEADER.size : attribute + size]
-                peers[inode] = int.from_bytes(value, sys.byteorder)
-            attribute += (size + 3) & ~3
-        offset += (length + 3) & ~3
-    return True
-
-
-def read_holders(inodes: set[int]) -> dict[int, str]:
-    """Return which process has each of the sockets open, as far as one may see."""
+    Who holds most of them is asked first, and nobody else if he holds all.
+    """
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    holders = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    holders: dict[int, str] = {}
+    for pid in [str(daemon), *filter(str.isdigit, os.listdir("/proc"))]:
+        if len(holders) == len(wanted):
+            break
         try:
             with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
                 name = comm.read().strip()
@@ -103,26 +55,31 @@ def read_holders(inodes: set[int]) -> dict[int, str]:
     return holders
 
 
-def read_sockets(control_dir: str) -> dict[str, list[tuple[int, int, int]]]:
-    """Return the (flags, state, inode number) of the sockets of each path there.
+def read_clients(control_dir: str, daemon: int | None) -> dict[str, list[str]]:
+    """Return who is connected to each name that somebody listens on, there or not."""
+    sockets = read_bound_sockets(control_dir)
+    try:
+        peers = read_peers()
+    except OSError:
+        peers = {}
+    clients = {
+        name: [peers.get(one.inode, 0) for one in bound if one.is_connected]
+        for name, bound in sockets.items()
+        if any(one.listens for one in bound)
+    }
+    inodes = {inode for found in clients.values() for inode in found}
+    holders = read_holders(inodes, daemon)
+    return {
+        name: [holders.get(inode, UNKNOWN_CLIENT) for inode in found]
+        for name, found in clients.items()
+    }
 
-    From /proc/net/unix, which has a line for the listener and for every connection.
-    """
-    here = os.stat(control_dir)
-    sockets: dict[str, list[tuple[int, int, int]]] = {}
-    with open("/proc/net/unix", "rb") as table:
-        lines = os.fsdecode(table.read()).split("\n")
-    for line in lines[1:]:
-        try:
-            _, _, _, flags, _, state, inode, path = line.split(None, 7)
-            entry = (int(flags, 16), int(state, 16), int(inode))
-            directory, name = os.path.split(path)
-            is_here = os.path.samestat(os.stat(directory), here)
-        except (ValueError, OSError):
-            continue  # it has no path, or one that leads nowhere
-        if is_here:
-            sockets.setdefault(name, []).append(entry)
-    return sockets
+
+def describe_clients(clients: list[str]) -> str:
+    """Say who is connected to a socket that somebody listens on."""
+    if not clients:
+        return "listening, nobody connected"
+    return f"connected by {'; '.join(clients)}"
 
 
 def check_clients(path: str, clients: list[str], daemon: int | None) -> Finding:
@@ -130,84 +87,101 @@ def check_clients(path: str, clients: list[str], daemon: int | None) -> Finding:
 
     The daemon's pid is given if one runs that is to be among them.
     """
-    text = f"{path}: listening, nobody connected"
-    if clients:
-        text = f"{path}: connected by {'; '.join(clients)}"
-    is_heard = any(
+    text = f"{path}: {describe_clients(clients)}"
+    is_connected = any(
         client == UNKNOWN_CLIENT or client.endswith(f", pid {daemon}")
         for client in clients
     )
-    if daemon is None or is_heard:
+    if daemon is None or is_connected:
         return Finding(Level.OK, text)
     return Finding(
         Level.WARN,
         f"{text}: the daemon, pid {daemon}, waits for QEMU to answer, or for that"
-        f" client to close; to see what it knows: kill -USR1 {daemon}",
+        f" client to close; to see what it knows: ganeti-kvmd --status",
     )
 
 
-def check_instances(
-    control_dir: str, suffixes: tuple[str, ...], daemon: int | None
-) -> Iterator[Finding]:
-    """Judge each instance's monitor socket, without connecting to it.
+def why_ignored(path: str) -> str | None:
+    """Return why the daemon would not connect to what is there, None if it would."""
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        return f"longer than the {LONGEST_SOCKET_PATH} bytes of a socket's path"
+    return None if socket_identity(path) else "no socket"
 
-    The pid is that of this daemon, None if it does not run.
+
+def check_instance(
+    path: str,
+    names: set[str],
+    suffixes: tuple[str, ...],
+    clients: dict[str, list[str]],
+    daemon: int | None,
+) -> Iterator[Finding]:
+    """Judge the monitor sockets of one instance; the path is theirs less the suffix.
+
+    The names are those in the directory, the clients those of each name that somebody
+    listens on. The pid is that of this daemon, None if it does not run.
     """
-    sockets = read_sockets(control_dir)
-    try:
-        peers = read_peers()
-    except OSError:
-        peers = {}
-    clients = {
-        name: [
-            peers.get(inode, 0)
-            for flags, state, inode in entries
-            if state == SS_CONNECTED and not flags & SO_ACCEPTCON
-        ]
-        for name, entries in sockets.items()
+    instance = os.path.basename(path)
+    remedy = f"restart the instance (gnt-instance reboot {instance})"
+    ignored = {
+        suffix: why_ignored(path + suffix)
+        for suffix in SUFFIXES["auto"]
+        if instance + suffix in names
     }
-    holders = read_holders({inode for found in clients.values() for inode in found})
-    names = set(os.listdir(control_dir))
-    for name in sorted(names):
-        instance, suffix = os.path.splitext(name)
-        if suffix not in SUFFIXES["auto"] or not instance:
-            continue
-        path = os.path.join(control_dir, name)
-        if not socket_identity(path):
-            yield Finding(Level.WARN, f"{path}: no socket; it is ignored")
-        elif not any(flags & SO_ACCEPTCON for flags, _, _ in sockets.get(name, [])):
+    used = next((one for one in suffixes if ignored.get(one, "") is None), None)
+    if ".kvmd" in suffixes and used != ".kvmd" and f"{instance}.kvmd" in clients:
+        used = None
+        yield Finding(
+            Level.WARN,
+            f"{path}.kvmd: {describe_clients(clients[f'{instance}.kvmd'])}, but"
+            f" somebody has removed the socket: nobody can connect to it any more;"
+            f" {remedy}",
+        )
+    for suffix, reason in ignored.items():
+        found = clients.get(instance + suffix)
+        if reason is not None:
+            yield Finding(Level.WARN, f"{path}{suffix}: {reason}; it is ignored")
+        elif found is None:
+            text = f"{path}{suffix}: dead, nobody listens; if it does run, {remedy}"
+            yield Finding(Level.WARN, text)
+        elif suffix == used == ".qmp" and ".kvmd" in suffixes:
             yield Finding(
                 Level.WARN,
-                f"{path}: dead, nobody listens; if the instance does run, restart it"
-                f" (gnt-instance reboot {instance})",
+                f"{path}{suffix}: {describe_clients(found)}; the daemon uses it for"
+                f" want of a .kvmd, and keeps Ganeti from it; {remedy}",
             )
         else:
-            used = next((one for one in suffixes if instance + one in names), None)
-            yield check_clients(
-                path,
-                [holders.get(inode, UNKNOWN_CLIENT) for inode in clients[name]],
-                daemon if suffix == used else None,
-            )
+            expected = daemon if suffix == used else None
+            yield check_clients(path + suffix, found, expected)
 
 
-def check_directory(control_dir: str) -> Finding:
-    """Judge whether the control directory can be read."""
+def check_instances(
+    control_dir: str, names: set[str], suffixes: tuple[str, ...], daemon: int | None
+) -> Iterator[Finding]:
+    """Judge all monitor sockets, without connecting to any (see `check_instance`)."""
+    clients = read_clients(control_dir, daemon)
+    parts = map(os.path.splitext, {*names, *clients})
+    instances = {name for name, suffix in parts if suffix in SUFFIXES["auto"]}
+    for instance in sorted(instances):
+        path = os.path.join(control_dir, instance)
+        yield from check_instance(path, names, suffixes, clients, daemon)
+
+
+def list_directory(control_dir: str) -> tuple[Finding, set[str]]:
+    """Judge the control directory; return the names in it as well. Raises OSError."""
     try:
-        os.listdir(control_dir)
+        names = set(os.listdir(control_dir))
     except FileNotFoundError:
         return Finding(
             Level.WARN,
             f"{control_dir}: not there yet; Ganeti makes it at its first KVM operation",
-        )
-    except PermissionError as error:
-        return Finding(Level.FAIL, f"{control_dir}: {error.strerror}; run this as root")
-    except OSError as error:
+        ), set()
+    except NotADirectoryError as error:
         return Finding(
             Level.FAIL,
             f"{control_dir}: {error.strerror}; move away what stands there, Ganeti"
             " makes the directory anew",
-        )
-    return Finding(Level.OK, f"{control_dir}: the control directory is there")
+        ), set()
+    return Finding(Level.OK, f"{control_dir}: the control directory is there"), names
 
 
 def check_inotify(control_dir: str) -> Finding:
@@ -226,24 +200,6 @@ def check_inotify(control_dir: str) -> Finding:
             f" only; raise with sysctl -w what is used up ({', '.join(limits)})",
         )
     return Finding(Level.OK, f"inotify works ({', '.join(limits)})")
-
-
-def lock_holder(path: str) -> int | None:
-    """Return the pid that holds a record lock on the file (/proc/locks), if any.
-
-    The file is not opened, so the lock can't be disturbed.
-    """
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    major, minor = os.major(status.st_dev), os.minor(status.st_dev)
-    wanted = f"{major:02x}:{minor:02x}:{status.st_ino}"
-    with open("/proc/locks", encoding="ascii") as locks:
-        for _, kind, _, _, pid, inode, *_ in map(str.split, locks):
-            if kind == "POSIX" and inode == wanted:
-                return int(pid)
-    return None
 
 
 def command_of(pid: int) -> str:
@@ -275,13 +231,12 @@ def check_daemon(pid_file: str, pid: int | None) -> Finding:
             f"a daemon runs, pid {pid}, but it is Ganeti's own ({command_of(pid)}); to"
             " have this one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
         )
-    try:
-        with open(f"/proc/{pid}/limits", encoding="ascii") as limits:
-            words = next(line for line in limits if line.startswith("Max open files"))
-    except OSError as error:
-        return Finding(Level.OK, f"a daemon runs, pid {pid} ({error.strerror})")
-    limit = words.split()[3]
-    return Finding(Level.OK, f"a daemon runs, pid {pid}, with up to {limit} open files")
+    limit = "an unknown number of"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/limits", "rb") as limits:
+        for line in limits:  # none if the process has ended meanwhile
+            if line.startswith(b"Max open files"):
+                limit = f"up to {line.split()[3].decode()}"
+    return Finding(Level.OK, f"a daemon runs, pid {pid}, with {limit} open files")
 
 
 def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
@@ -313,21 +268,29 @@ def check_node(options: Options) -> Iterator[Finding]:
     daemon = lock_holder(options.pid_file)
     yield check_daemon(options.pid_file, daemon)
     yield check_inotify(options.control_dir)
-    directory = check_directory(options.control_dir)
-    yield directory
-    if directory.level is Level.OK:
-        suffixes = SUFFIXES[options.socket_suffix]
-        if daemon is not None and is_ganetis(daemon):
-            daemon = None
-        yield from check_instances(options.control_dir, suffixes, daemon)
+    finding, names = list_directory(options.control_dir)
+    yield finding
+    suffixes = SUFFIXES[options.socket_suffix]
+    if daemon is not None and is_ganetis(daemon):
+        daemon = None
+    yield from check_instances(options.control_dir, names, suffixes, daemon)
+
+
+def check_all(options: Options) -> Iterator[Finding]:
+    """Judge the node, up to what can't be looked at, or is not there any more."""
+    try:
+        yield from check_node(options)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}; run this as root, or once more"
+        yield Finding(Level.FAIL, text)
 
 
 def check(options: Options) -> int:
     """Print a line per finding; return 0 if detection works, else 1."""
     works = True
-    for finding in check_node(options):
+    for finding in check_all(options):
         broken = finding.level in {Level.FAIL, Level.BROKEN}
         works &= not broken
         label = Level.FAIL.value if broken else finding.level.value
-        print(f"{label:5} {printable(finding.text)}")
+        write_to_stdout(f"{label:5} {printable(finding.text)}")
     return 0 if works else 1

@@ -1,105 +1,270 @@
-"""What outlives the process."""
+"""The journal: what outlives the process.
+
+A text file, mode 0600, by default /var/run/ganeti/ganeti-kvmd.state. Its first line is
+a header, a JSON object with the members
+
+    format       1
+    boot         the kernel's boot id: nothing here means anything after a boot
+    control_dir  the directory of the monitor sockets
+    pid          of the daemon that writes it
+    version      of that daemon
+    started      when that daemon started (CLOCK_MONOTONIC, seconds)
+    discarded    names of descriptors that systemd is still to drop from its store
+
+Every other line is a record, one JSON object about one instance as it stands; its first
+member is `instance`. A later record of an instance replaces the earlier one, and one
+with the member `removed` removes it. `kvmd_monitor` says what else is in a record.
+
+One change is one write(2) of one record. The file is written anew, beside itself, and
+renamed: at each start, and when it has grown beyond twice what it needs. Nothing is
+synced. A line without its end was cut by a crash and is passed over; so are members
+that nobody knows. A bad line costs what is known of its instance.
+
+Knows nothing of monitors: who owns the records gives them.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import fcntl
+import errno
 import json
 import os
-import socket
+import time
 
-from kvmd_systemd import connection_name
+from kvmd_file import open_regular_file
+from kvmd_version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable
     from typing import Any
 
-#: What taking over an exported state raises if it has another form.
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+    from kvmd_log import Log
 
-#: The state is a memory file, sealed: one JSON object with the members `version`,
-#: `serial` (the newest of several files counts), `pid`, `pid_file` (its descriptor, for
-#: the same process after exec), `control_dir`, and `monitors`, a list of what
-#: `Monitor.export` makes.
-STATE_VERSION = 1
-STATE_NAME = "kvmd-state"
+FORMAT = 1
+BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
+#: Bytes that may be out of date beside as many as are not.
+SLACK = 65536
+#: Instances that are gone, whose last verdict is kept for `--status`.
+LONGEST_MEMORY = 1000
+UNWRITABLE = "the journal can't be written"
 
-
-def write_state_file(state: str) -> int:
-    """Return the descriptor of a sealed memory file with the state. Raises OSError."""
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-    fd = os.memfd_create(STATE_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(fd, "w", encoding="ascii", closefd=False) as file:
-            file.write(state)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_WRITE)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+Contents = collections.namedtuple("Contents", "header records problem")
 
 
-def read_state_file(fd: int) -> dict[str, Any]:
-    """Return the state in a memory file. Raises OSError, MALFORMED."""
-    state = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        raise ValueError(f"not of version {STATE_VERSION}")
-    return state
+class Journal:
+    """The file, as its one writer sees it. No method raises OSError."""
 
+    def __init__(
+        self,
+        path: str,
+        control_dir: str,
+        log: Log,
+        records: Callable[[], Iterable[dict[str, Any]]],
+        discarded: Callable[[], list[str]],
+    ) -> None:
+        """Prepare; write nothing yet.
 
-def open_files(pid: str) -> Iterator[tuple[int, str]]:
-    """Yield the descriptors of a process, and what they are of, as /proc/PID/fd has it.
+        `records` gives those of all instances that are monitored, `discarded` what the
+        header is to hold under that name.
+        """
+        self.path = path
+        #: Instance -> record of those that are gone, the latest last.
+        self.gone: dict[str, dict[str, Any]] = {}
+        self.started = time.monotonic()
+        self._control_dir = control_dir
+        self._log = log
+        self._records = records
+        self._discarded = discarded
+        #: None while it can't be written.
+        self._fd: int | None = None
+        self._size = 0
+        #: The size at which it is written anew.
+        self._limit = 0
 
-    Raises OSError.
-    """
-    directory = f"/proc/{pid}/fd"
-    for name in os.listdir(directory):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
-            yield int(name), os.readlink(f"{directory}/{name}")
+    def begin(self) -> bool:
+        """Write the file anew; tell whether that worked.
 
+        A warning tells if not, once until it is over.
+        """
+        records = [*self.gone.values(), *self._records()]
+        return self._replace(encode(record) for record in records)
 
-class Inheritance:
-    """What an earlier daemon has left open for this one: connections and its state.
+    def write(self, record: dict[str, Any]) -> None:
+        """Add the record of an instance that is monitored."""
+        self._append(encode(record))
 
-    They come through exec(2), or from systemd's descriptor store; what they are is
-    told by /proc/self/fd alone.
-    """
+    def forget(self, record: dict[str, Any]) -> None:
+        """Add the last record of an instance whose socket is gone.
 
-    def __init__(self) -> None:
-        """Find them above 2, and close all else there."""
-        #: Connections by their name (`connection_name`).
-        self.connections: dict[str, socket.socket] = {}
-        #: The newest state, {} if there is none.
-        self.state: dict[str, Any] = {}
-        #: Why a state could not be read.
-        self.problem: Exception | None = None
-        others = []
-        for fd, target in open_files("self"):
-            if fd <= 2:
-                continue
-            if target.startswith("socket:["):
-                connection = socket.socket(fileno=fd)
-                connection.set_inheritable(False)
-                self.connections[connection_name(connection)] = connection
-                continue
-            if target.startswith(f"/memfd:{STATE_NAME}"):
-                self._read_state(fd)
-            others.append(fd)
-        for fd in others:
-            if fd != self.pid_file:
-                os.close(fd)
+        It stays for who wants to know the last verdict, if there was one.
+        """
+        if record["last"] is None:
+            self._remove(record["instance"])
+            return
+        self.gone[record["instance"]] = record
+        if len(self.gone) > LONGEST_MEMORY:
+            oldest = next(iter(self.gone))
+            del self.gone[oldest]
+            self._remove(oldest)
+        self._append(encode(record))
 
-    def _read_state(self, fd: int) -> None:
+    def _remove(self, instance: str) -> None:
+        self._append(encode({"instance": instance, "removed": True}))
+
+    def check(self) -> None:
+        """Write the file anew if it could not be written, or is no more at its path."""
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
+                    return
+        self.begin()
+
+    def _append(self, line: bytes) -> None:
+        if self._fd is None:
+            return
         try:
-            state = read_state_file(fd)
-            if state["serial"] > self.state.get("serial", -1):
-                self.state = state
-        except (OSError, *MALFORMED) as error:
-            self.problem = error
+            if os.write(self._fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._size += len(line)
+        if self._size > self._limit:
+            self._compact()
 
-    @property
-    def pid_file(self) -> int | None:
-        """The locked pid file, if this process itself was the earlier daemon."""
-        same_process = self.state.get("pid") == os.getpid()
-        return self.state.get("pid_file") if same_process else None
+    def _compact(self) -> None:
+        """Write the file anew with the last record of each instance."""
+        assert self._fd is not None
+        lines = os.pread(self._fd, self._size, 0).split(b"\n")[1:-1]
+        last = {instance_part(line): line + b"\n" for line in lines}
+        self._replace(line for line in last.values() if b'"removed": true' not in line)
+
+    def _replace(self, lines: Iterable[bytes]) -> bool:
+        """Put a file with these records in the place of the old one."""
+        new = self.path + ".new"
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        data = b"".join([self._header(), *lines])
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            fd = os.open(new, flags | os.O_NOFOLLOW, 0o600)
+            try:
+                if os.write(fd, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.rename(new, self.path)
+            except OSError:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(new)
+                raise
+        except OSError as error:
+            self._give_up(error)
+            return False
+        self.close()
+        self._fd, self._size = fd, len(data)
+        self._limit = 2 * len(data) + SLACK
+        self._log.end_trouble(UNWRITABLE)
+        return True
+
+    def _header(self) -> bytes:
+        return encode(
+            {
+                "format": FORMAT,
+                "boot": boot_id(),
+                "control_dir": self._control_dir,
+                "pid": os.getpid(),
+                "version": VERSION,
+                "started": self.started,
+                "discarded": self._discarded(),
+            }
+        )
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on without it. What is there must not be taken for how things stand."""
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        self.close()
+        self._log.begin_trouble(
+            UNWRITABLE,
+            f"{self.path}: {error.strerror}; a crash or a stop now loses what is known"
+            " of the instances; trying again at each rescan",
+        )
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """Return a line of the journal."""
+    return json.dumps(record).encode() + b"\n"
+
+
+def instance_part(line: bytes) -> bytes:
+    """Return a record's first member, as it is encoded, without parsing the rest.
+
+    In a JSON string no quote stands for itself, so what ends it can't be part of it.
+    """
+    return line.partition(b', "')[0]
+
+
+def boot_id() -> str:
+    """Return the kernel's identifier of this boot (random(4))."""
+    with open(BOOT_ID_FILE, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def read_journal(path: str) -> Contents:
+    """Return the header, the records by instance, and what was wrong with some of them.
+
+    The last is None if nothing was. Raises OSError, and ValueError for a file that is
+    not of this program, of another format, or of another boot.
+    """
+    with open(open_regular_file(path, os.O_RDONLY), "rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or status.st_nlink != 1:
+            raise ValueError("another user's file, or linked to from elsewhere")
+        lines = file.read().split(b"\n")
+    header = parse_object(lines[0])
+    if header.get("format") != FORMAT:
+        raise ValueError(f"not of format {FORMAT}")
+    if header.get("boot") != boot_id():
+        raise ValueError("from before the last boot")
+    return Contents(header, *parse_records(lines[1:-1]))
+
+
+def parse_records(
+    lines: Iterable[bytes],
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Return the last record of each instance, and what was wrong with a line."""
+    last = {instance_part(line): line for line in lines}
+    records: dict[str, dict[str, Any]] = {}
+    problem = None
+    for line in last.values():
+        try:
+            record = parse_object(line)
+            instance = record["instance"]
+            if not isinstance(instance, str):
+                raise ValueError("an instance without a name")
+        except (ValueError, KeyError) as error:
+            problem = f"{error}: {line[:80]!r}"
+            continue
+        if not record.get("removed"):
+            records[instance] = record
+    return records, problem
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line. Raises ValueError."""
+    try:
+        value = json.loads(line.decode("ascii"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value

@@ -1,4 +1,9 @@
-"""The log: a file, stderr, syslog; what may be said, and how often."""
+"""The log: a file, stderr, syslog; what may be said, and how often.
+
+Lines are queued, and written when a turn of the loop has done all else: a disk that
+is slow or frozen makes the next verdicts late, but none that could be read before. No
+module or codec is imported when it is needed: Python may be upgraded under the daemon.
+"""
 
 from __future__ import annotations
 
@@ -6,71 +11,145 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import time
 
+from kvmd_file import open_regular_file
 from kvmd_version import DAEMON_NAME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    Sink = Callable[[str, str], None]
 
 SYSLOG_SOCKET = "/dev/log"
+#: Level -> priority, of the facility LOG_DAEMON (syslog(3)).
+SYSLOG_PRIORITIES = {"ERROR": 3 << 3 | 3, "WARNING": 3 << 3 | 4, "INFO": 3 << 3 | 6}
+
+UNOPENED = "the log file can't be opened"
+UNWRITABLE = "the log file can't be written"
 
 
 def printable(text: str) -> str:
     """Return the text with all that is not printable escaped, on one line."""
     if text.isprintable():
         return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def traceback_of(error: BaseException) -> list[str]:
+    """Return the lines of an exception's traceback.
+
+    Not the traceback module's: it reads the program's text, which may be gone by now,
+    or another version's.
+    """
+    lines: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}"
+        lines.append(f"  {place}")
+        trace = trace.tb_next
+    try:
+        text = str(error)
+    except Exception:
+        text = "(what it says can't be told)"
+    last = f"{type(error).__name__}: {text}"
+    return ["Traceback (most recent call last):", *lines[-Log.LONGEST_TRACEBACK :], last]
 
 
 class Log:
     """Log lines as Ganeti's Python daemons write them, to a file and elsewhere.
 
     Not the logging module: importing it takes about 10 ms and 1.7 MiB, of the 28 ms and
-    12 MiB that all may take. Writing never raises and never blocks. What may be said
-    about one instance is limited, for a guest may have a hand in it.
+    12 MiB that all may take. What may be said about one instance is limited, for a
+    guest may have a hand in it. Without its file, the log goes to the fallbacks.
     """
 
     #: Lines about one instance within PERIOD seconds, not counting debug messages.
     LINES_PER_PERIOD = 60
     PERIOD = 60.0
+    #: Characters that may be queued.
+    QUEUE_LIMIT = 65536
+    #: Calls, the innermost ones, that an exception's traceback names.
+    LONGEST_TRACEBACK = 30
 
     def __init__(
-        self, path: str | None, sinks: list[Callable[[str, str], None]]
+        self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()
     ) -> None:
         """Log to a file, if there is a path, and to sinks: calls with level, line."""
         self.path = path
         self.debugging = False
         self.sinks = sinks
+        self._fallbacks = fallbacks
         self._fd: int | None = None
+        #: The file at the path is not the one that is open.
+        self._overdue = False
         #: The last line in the file lacks its end.
         self._torn = False
+        #: (time.time(), level, message) of each line that is not written yet.
+        self._queue: list[tuple[float, str, str]] = []
+        self._queued = 0
         self._troubles: set[str] = set()
         #: Instance -> lines in the period that ends then (time.monotonic()).
         self._lines: dict[str, int] = {}
         self._end_of_period = 0.0
 
     def open(self) -> None:
-        """Open the file; raises OSError, and keeps the one that was open before."""
+        """Open the file, or go on without it until `reopen` or `retry` can.
+
+        Raises OSError if one was open before, and keeps that.
+        """
         if self.path is None:
             return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK
-        fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
-        self._torn = False
+        self._overdue = True
+        try:
+            fd = open_regular_file(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            if self._fd is not None:
+                raise
+            self.begin_trouble(
+                UNOPENED,
+                f"{self.path}: {error.strerror}; logging to syslog, and trying again at"
+                " SIGHUP and at each rescan",
+            )
+            return
+        self._overdue = self._torn = False
+        self._troubles.discard(UNOPENED)
         if self._fd is None:
             self._fd = fd
         else:
             os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
 
+    def reopen(self) -> None:
+        """Open the file anew, as logrotate wants it."""
+        try:
+            self.open()
+        except OSError as error:
+            self.error(
+                f"cannot reopen the log file {self.path}: {error.strerror}; keeping the"
+                " old one"
+            )
+        else:
+            self._tell_of_reopening()
+
+    def retry(self) -> None:
+        """Open the file if that has failed; say so only if it works now."""
+        if self._overdue:
+            with contextlib.suppress(OSError):
+                self.open()
+                self._tell_of_reopening()
+
+    def _tell_of_reopening(self) -> None:
+        if not self._overdue:
+            self.info("log file reopened")
+
     def debug(self, message: str) -> None:
         """Log what only `--debug` shows."""
         if self.debugging:
-            self._write("DEBUG", message)
+            self._put("DEBUG", message)
 
     def info(self, message: str, instance: str | None = None) -> None:
         """Log a verdict, or a step of the daemon's life."""
@@ -88,12 +167,10 @@ class Log:
         self, message: str, error: BaseException, instance: str | None = None
     ) -> None:
         """Log a failure with the exception's traceback."""
-        import traceback
-
         self.error(message, instance)
-        lines = traceback.format_exception(type(error), error, error.__traceback__)
-        for line in "".join(lines).splitlines():
-            self.error(line, instance)
+        for line in traceback_of(error):
+            for part in line.splitlines():
+                self.error(part, instance)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
         """Warn of a degraded state, once until it is over."""
@@ -110,15 +187,15 @@ class Log:
     def _log(self, level: str, message: str, instance: str | None) -> None:
         """Log a line, unless there were too many about its instance."""
         if instance is None:
-            self._write(level, message)
+            self._put(level, message)
             return
         if time.monotonic() >= self._end_of_period:
             self._begin_period()
         count = self._lines[instance] = self._lines.get(instance, 0) + 1
         if count <= self.LINES_PER_PERIOD:
-            self._write(level, f"{instance}: {message}")
+            self._put(level, f"{instance}: {message}")
         elif count == self.LINES_PER_PERIOD + 1:
-            self._write(
+            self._put(
                 "WARNING",
                 f"{instance}: more than {self.LINES_PER_PERIOD} lines within"
                 f" {self.PERIOD:.0f} s; leaving out the next ones",
@@ -128,32 +205,78 @@ class Log:
         for instance, count in self._lines.items():
             if count > self.LINES_PER_PERIOD:
                 left_out = count - self.LINES_PER_PERIOD
-                self._write("INFO", f"{instance}: lines left out: {left_out}")
+                self._put("INFO", f"{instance}: lines left out: {left_out}")
         self._lines.clear()
         self._end_of_period = time.monotonic() + self.PERIOD
 
-    def _write(self, level: str, message: str) -> None:
-        now = time.time()
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        line = (
-            f"{date},{int(now % 1 * 1000):03d}: {DAEMON_NAME} pid={os.getpid()} {level}"
-            f" {printable(message)}"
-        )
-        if self._fd is not None:
-            self._append(self._fd, line)
-        for sink in self.sinks:
-            sink(level, line)
+    def _put(self, level: str, message: str) -> None:
+        self._queue.append((time.time(), level, message))
+        self._queued += len(message)
+        if self._queued > self.QUEUE_LIMIT:
+            self.flush()
 
-    def _append(self, fd: int, line: str) -> None:
-        data = b"\n" * self._torn + line.encode() + b"\n"
-        with contextlib.suppress(OSError):  # a full disk must not stop the daemon
-            self._torn = os.write(fd, data) < len(data)
+    def flush(self) -> None:
+        """Write all that is queued, in one go. Never raises."""
+        with contextlib.suppress(Exception):  # what can't be logged can't be told
+            while self._queue:  # of a trouble with the file, a line tells at once
+                lines = self._take_queue()
+                sinks = [*self.sinks]
+                if self.path is not None and not self._append(lines):
+                    sinks += self._fallbacks
+                for sink in sinks:
+                    for level, line in lines:
+                        sink(level, line)
+
+    def _append(self, lines: list[tuple[str, str]]) -> bool:
+        """Write lines to the file; tell whether it has them all."""
+        if self._fd is None:
+            return False
+        text = "\n".join([line for _, line in lines])
+        data = b"\n" * self._torn + text.encode() + b"\n"
+        try:
+            while data:
+                written = os.write(self._fd, data)
+                self._torn = not data[:written].endswith(b"\n")
+                data = data[written:]
+        except OSError as error:
+            self.begin_trouble(UNWRITABLE, f"{error.strerror}; logging to syslog as well")
+            return False
+        self.end_trouble(UNWRITABLE)
+        return True
+
+    def _take_queue(self) -> list[tuple[str, str]]:
+        """Return level and text of each queued line; none is queued any more."""
+        queue, self._queue, self._queued = self._queue, [], 0
+        lines, second, date = [], 0, ""
+        for moment, level, message in queue:
+            if int(moment) != second:
+                second = int(moment)
+                date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            line = (
+                f"{date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME} pid={os.getpid()}"
+                f" {level} {printable(message)}"
+            )
+            lines.append((level, line))
+        return lines
 
 
 def write_to_stderr(line: str) -> None:
     """Write a line to stderr, and lose it if it can't be written."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
+
+
+def write_to_stdout(text: str) -> None:
+    """Write text and a line feed to stdout; lose it if its reader has gone.
+
+    Ends the program if it can't be written for another reason.
+    """
+    try:
+        os.write(1, text.encode() + b"\n")
+    except BrokenPipeError:
+        pass  # as in `| head`
+    except OSError as error:
+        sys.exit(f"{DAEMON_NAME}: cannot write to stdout: {error.strerror}")
 
 
 def stderr_sink(level: str, line: str) -> None:
@@ -164,26 +287,16 @@ def stderr_sink(level: str, line: str) -> None:
         write_to_stderr(line[: select.PIPE_BUF // 4 - 1])  # up to 4 bytes a character
 
 
-def syslog_sink() -> Callable[[str, str], None]:
-    """Return a function that sends log lines to syslog, but no debug messages.
+def syslog_sink(level: str, line: str) -> None:
+    """Send a log line to syslog, unless it is a debug message.
 
     It sends what syslog(3) does, but that waits as long as a syslogd is stuck.
     """
-    import syslog
-
-    priorities = {
-        "INFO": syslog.LOG_DAEMON | syslog.LOG_INFO,
-        "WARNING": syslog.LOG_DAEMON | syslog.LOG_WARNING,
-        "ERROR": syslog.LOG_DAEMON | syslog.LOG_ERR,
-    }
-    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-
-    def send(level: str, line: str) -> None:
-        if level in priorities:
-            date = time.strftime("%b %e %T")
-            message = line.split(f" {level} ", 1)[1]
-            packet = f"<{priorities[level]}>{date} {DAEMON_NAME}[{os.getpid()}]: "
-            with contextlib.suppress(OSError):
-                sender.sendto((packet + message).encode(), SYSLOG_SOCKET)
-
-    return send
+    if level not in SYSLOG_PRIORITIES:
+        return
+    date = time.strftime("%b %e %T")
+    message = line.split(f" {level} ", 1)[1]
+    header = f"<{SYSLOG_PRIORITIES[level]}>{date} {DAEMON_NAME}[{os.getpid()}]"
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sender:
+        sender.sendto(f"{header}: {message}".encode(), SYSLOG_SOCKET)

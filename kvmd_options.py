@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from kvmd_daemon import SUFFIXES
-from kvmd_monitor import NEVER
+from kvmd_instances import SUFFIXES
+from kvmd_loop import NEVER
 from kvmd_version import DAEMON_NAME
 
 
@@ -23,6 +23,7 @@ class Options:
         self.control_dir = f"{root}/var/run/ganeti/kvm-hypervisor/ctrl"
         self.pid_file = f"{root}/var/run/ganeti/ganeti-kvmd.pid"
         self.log_file = f"{root}/var/log/ganeti/kvm-daemon.log"
+        self.state_file = f"{root}/var/run/ganeti/ganeti-kvmd.state"
         self.ssconf_dir = f"{root}/var/lib/ganeti"
         self.socket_suffix = "auto"
         self.rescan_interval = 15.0
@@ -72,6 +73,7 @@ def parse_arguments(arguments: list[str]) -> Options:
         ("--control-dir", options.control_dir, "the monitor sockets"),
         ("--pid-file", options.pid_file, "the pid file"),
         ("--log-file", options.log_file, "the log"),
+        ("--state-file", options.state_file, "the journal"),
         ("--ssconf-dir", options.ssconf_dir, "the cluster's settings"),
     ]:
         add(
@@ -96,7 +98,10 @@ def parse_arguments(arguments: list[str]) -> Options:
     # Not argparse's own action, which asks no more what other options there are: a
     # restart in place tries the new program with the options that it will get.
     add("-V", "--version", action="store_true", help="print the version, then exit")
-    return parser.parse_args(arguments, namespace=options)
+    parser.parse_args(arguments, namespace=options)
+    if options.state_file == Options().state_file:
+        options.state_file = os.path.splitext(options.pid_file)[0] + ".state"
+    return options
 
 
 def own_command() -> list[str]:

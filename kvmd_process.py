@@ -7,7 +7,9 @@ import fcntl
 import os
 import resource
 import signal
+import struct
 
+from kvmd_file import open_regular_file
 from kvmd_log import write_to_stderr
 from kvmd_version import DAEMON_NAME
 
@@ -15,9 +17,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SYSLOG_SOCKET = "/dev/log"
+OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 #: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.
 NICENESS = -10
+
+
+#: struct flock of fcntl(2), padded to its alignment.
+RECORD_LOCK = struct.Struct("hhqqi0q")
 
 
 class StartError(Exception):
@@ -34,14 +40,15 @@ class PidFile:
 
     ATTEMPTS = 10
 
-    def __init__(self, path: str, locked: int | None = None) -> None:
-        """Lock the file, if it is not locked already, and write the pid.
+    def __init__(self, path: str, inherited: int | None = None) -> None:
+        """Lock the file, which may be open already, and write the pid.
 
         Raises StartError.
         """
         self.path = path
         try:
-            self.fd = self._lock() if locked is None else locked
+            self.fd = self._open_and_lock() if inherited is None else inherited
+            self._lock(self.fd)
             os.set_inheritable(self.fd, False)
             if os.geteuid() == 0:
                 # start-stop-daemon acts on no pid file that others than root may write.
@@ -54,25 +61,26 @@ class PidFile:
                 f"cannot write the pid file {path}: {error.strerror}"
             ) from error
 
-    def _lock(self) -> int:
+    def _open_and_lock(self) -> int:
         """Return a descriptor of the locked file, which is the one at the path."""
         for _ in range(self.ATTEMPTS):
-            fd = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                holder = os.read(fd, 20).decode("ascii", "replace").strip()
-                os.close(fd)
-                raise StartError(
-                    f"another daemon runs already, with pid {holder or 'unknown'}: it"
-                    f" holds the lock on {self.path}"
-                ) from None
+            fd = open_regular_file(self.path, os.O_RDWR | os.O_CREAT)
+            self._lock(fd)
             if self._is_at_path(fd):
                 return fd
             os.close(fd)  # its last holder has removed it in between
         raise StartError(f"{self.path} is removed again and again")
+
+    def _lock(self, fd: int) -> None:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            raise StartError(
+                f"another daemon runs already, with pid {holder or 'unknown'}: it"
+                f" holds the lock on {self.path}"
+            ) from None
 
     def _is_at_path(self, fd: int) -> bool:
         try:
@@ -85,6 +93,56 @@ class PidFile:
         with contextlib.suppress(OSError):  # only the lock counts
             if self._is_at_path(self.fd):
                 os.unlink(self.path)
+
+
+def inherited_descriptors() -> list[int]:
+    """Return all descriptors above 2, and the one that lists them, closed by now."""
+    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
+
+
+def find_inherited_pid_file(path: str) -> int | None:
+    """Return the descriptor of the pid file at the path, if it holds this process's pid.
+
+    Then this program was started in place by the one before (execve(2)).
+    """
+    for fd in inherited_descriptors():
+        with contextlib.suppress(OSError):
+            is_at_path = os.path.samestat(os.fstat(fd), os.lstat(path))
+            is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+            own = f"{os.getpid()}\n".encode()
+            if is_at_path and is_writable and os.pread(fd, len(own) + 1, 0) == own:
+                return fd
+    return None
+
+
+def close_inherited(keep: set[int]) -> None:
+    """Close all descriptors above 2 but these, whatever they are of."""
+    for fd in inherited_descriptors():
+        if fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def lock_holder(path: str) -> int | None:
+    """Return the pid that has a file locked, None if nobody has or no file is there.
+
+    The kernel is asked by means of the file, for what /proc/locks has as its device is
+    not what stat(2) has on overlayfs. Not to be called by the holder itself: closing
+    the file would end the lock. Raises OSError.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    question = RECORD_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, _, _, _, pid = RECORD_LOCK.unpack(
+            fcntl.fcntl(fd, fcntl.F_GETLK, question)
+        )
+    finally:
+        os.close(fd)
+    return None if kind == fcntl.F_UNLCK else int(pid)
 
 
 def sanitize_process() -> None:
@@ -112,6 +170,20 @@ def raise_priority() -> None:
     path = "/proc/self/autogroup"
     with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as autogroup:
         autogroup.write(str(NICENESS))
+
+
+def resist_oom_killer() -> None:
+    """Be killed last when memory runs out (proc(5)), as far as that is permitted.
+
+    Without the right to lower its score, a process may still go back to the lowest one
+    that somebody with the right gave it, and /proc does not tell which one that is.
+    """
+    with contextlib.suppress(OSError), open(OOM_SCORE_ADJ, encoding="ascii") as file:
+        for score in range(-1000, int(file.read()), 100):
+            with contextlib.suppress(OSError):
+                with open(OOM_SCORE_ADJ, "w", encoding="ascii") as score_file:
+                    score_file.write(str(score))
+                return
 
 
 def detach() -> Callable[[str], None]:

@@ -1,4 +1,15 @@
-"""The client side of QMP without I/O: bytes in, messages out."""
+"""The client side of QMP without I/O: bytes in, messages out.
+
+QEMU's docs/interop/qmp-spec has a JSON object per line. The client sends COMMANDS as
+soon as it is connected, gives Protocol.receive() what it reads, and gets back the
+greeting, the status and the events; of the events, some of no interest are left out.
+
+The peer is not trusted. Of a line that goes on, LINE_LIMIT bytes at most are kept, and
+a longer one is skipped. So is every line that is no message, or comes before the
+greeting; the first of them is the complaint of the connection. No member has a type
+that is not checked, and nothing raises an exception. JSON is parsed for a line of an
+event of interest alone, once the status is known: there may be millions of others.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +35,8 @@ STATUS = re.compile(r"[a-z0-9-]{1,32}")
 
 #: Bytes of an unfinished line that are kept.
 LINE_LIMIT = 65536
+#: Characters of an integer that are taken: QEMU's have 64 bits and a sign.
+INTEGER_LIMIT = 20
 #: Bytes of one read. All of them may have to be parsed, line by line.
 READ_SIZE = 16384
 OVERLONG = f"a line of more than {LINE_LIMIT} bytes"
@@ -39,8 +52,22 @@ EVENT_OF_INTEREST = re.compile(
 
 Greeting = collections.namedtuple("Greeting", "version")
 Status = collections.namedtuple("Status", "status")
-#: The timestamp is in seconds since the epoch by QEMU's clock, None if it has none.
-Event = collections.namedtuple("Event", "name data timestamp")
+#: The time is in seconds since the epoch by QEMU's clock, None if it has none.
+Event = collections.namedtuple("Event", "name data time")
+
+
+def parse_integer(text: str) -> int:
+    """Return an integer. Raises ValueError for one of more digits than QEMU's have.
+
+    To convert a number takes the square of its length, and not every Python has a
+    limit of its own.
+    """
+    if len(text) > INTEGER_LIMIT:
+        raise ValueError(f"a number of more than {INTEGER_LIMIT} characters")
+    return int(text)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_integer)
 
 
 def parse_message(line: bytes) -> Greeting | Status | Event | None:
@@ -48,12 +75,13 @@ def parse_message(line: bytes) -> Greeting | Status | Event | None:
 
     Raises ValueError, or RecursionError for deep nesting, if it is no QMP message.
     """
-    message = json.loads(line.decode("utf-8"))
+    # Given bytes, json would guess the encoding, and take NULs for UTF-16.
+    message = DECODER.decode(line.decode("utf-8"))
     if not isinstance(message, dict):
         raise ValueError("not an object")
     if isinstance(message.get("event"), str):
-        timestamp = event_time(message.get("timestamp"))
-        return Event(message["event"], message.get("data"), timestamp)
+        time = event_time(message.get("timestamp"))
+        return Event(message["event"], message.get("data"), time)
     if "QMP" in message:
         return Greeting(qemu_version(message["QMP"]))
     if "error" in message:
@@ -94,11 +122,21 @@ def qemu_version(greeting: object) -> str:
     return sys.intern(".".join(str(number % 1000) for number in numbers))
 
 
-class Protocol:
-    """The client side of one QMP connection, without I/O: bytes in, messages out.
+#: What is kept of a connection, as it is at its start.
+INITIAL = {
+    "greeted": False,
+    "answered": False,
+    "unfinished": "",
+    "overlong": False,
+    "complaint": "",
+}
 
-    QEMU's docs/interop/qmp-spec: a JSON object per line. `read_size` is how many
-    bytes the next read should ask for. `complaint` says what was skipped first.
+
+class Protocol:
+    """The client side of one QMP connection: bytes in, messages out.
+
+    `read_size` is how many bytes the next read should ask for. `complaint` says what
+    was skipped first.
     """
 
     __slots__ = (
@@ -123,11 +161,11 @@ class Protocol:
 
     def receive(self, data: bytes) -> list[Greeting | Status | Event]:
         """Take what was read, b"" at the end of the connection; return the messages."""
-        listening = self._answered and self._greeted
+        only_events = self._answered
         end = data.rfind(b"\n") + 1
         if data and not end:
             self._keep(data)
-            self.read_size = READ_SIZE if listening else CAREFUL_READ_SIZE
+            self.read_size = READ_SIZE if only_events else CAREFUL_READ_SIZE
             return []
         lines = self._unfinished + data[:end]
         self._unfinished = b""
@@ -135,17 +173,17 @@ class Protocol:
             lines = lines[lines.find(b"\n") + 1 :]
             self._overlong = False
         self._keep(data[end:])
-        # A glance is all that goes to what can't be of interest: one warning is due.
-        odd = lines[:1] != b"{" or len(lines) > LINE_LIMIT
-        listening = listening and not (odd and self.complaint is None)
-        if listening and not EVENT_OF_INTEREST.search(lines):
+        # The first bad line is looked for. Of the others only events can matter.
+        suspect = lines[:1] != b"{" or len(lines) > LINE_LIMIT
+        only_events = only_events and not (suspect and self.complaint is None)
+        if only_events and not EVENT_OF_INTEREST.search(lines):
             self.read_size = READ_SIZE
             return []
         self.read_size = CAREFUL_READ_SIZE
         messages = [
             self._read_line(line)
             for line in lines.split(b"\n")
-            if not listening or EVENT_OF_INTEREST.search(line)
+            if not only_events or EVENT_OF_INTEREST.search(line)
         ]
         return [message for message in messages if message is not None]
 
@@ -155,24 +193,36 @@ class Protocol:
         return len(self._unfinished)
 
     def export(self) -> dict[str, object]:
-        """Return what is known of the connection for the state file."""
+        """Return what is known of the connection, as JSON can hold it."""
         return {
             "greeted": self._greeted,
             "answered": self._answered,
             "unfinished": self._unfinished.decode("latin-1"),
             "overlong": self._overlong,
-            "complaint": self.complaint,
+            "complaint": self.complaint or "",
         }
 
-    def restore(self, record: dict[str, Any]) -> None:
-        """Take over what was exported."""
-        self._greeted = record["greeted"]
-        self._answered = record["answered"]
-        self._unfinished = record["unfinished"].encode("latin-1")
-        self._overlong = record["overlong"]
-        self.complaint = record["complaint"]
+    @classmethod
+    def restore(cls, record: dict[str, Any]) -> Protocol:
+        """Return a protocol that goes on where the exported one stood.
+
+        Members that are unknown are passed over, and missing ones are as at the start.
+        Raises ValueError for a member of another type.
+        """
+        members = {**INITIAL, **record}
+        for name, initial in INITIAL.items():
+            if type(members[name]) is not type(initial):
+                raise ValueError(f"a connection's {name} is of another type")
+        protocol = cls()
+        protocol._greeted = members["greeted"]
+        protocol._answered = members["answered"]
+        protocol._overlong = members["overlong"]
+        protocol._keep(members["unfinished"].encode("latin-1"))
+        protocol.complaint = members["complaint"] or protocol.complaint
+        return protocol
 
     def _keep(self, data: bytes) -> None:
+        """Keep the start of a line, or skip the line if it is too long."""
         if self._overlong or len(self._unfinished) + len(data) > LINE_LIMIT:
             self._unfinished = b""
             self._overlong = True
@@ -187,15 +237,17 @@ class Protocol:
             if len(line) > LINE_LIMIT:
                 raise ValueError(OVERLONG)
             message = parse_message(line)
-            if self._greeted and isinstance(message, Greeting):
-                raise ValueError("a second greeting")
+            # Nothing can be told before the greeting: there was no negotiation yet.
+            if isinstance(message, Greeting) is self._greeted:
+                raise ValueError(
+                    "a second greeting" if self._greeted else "before the greeting"
+                )
         except (ValueError, RecursionError) as error:
             self._complain(f"{error}: {line[:80]!r}")
             return None
         self._greeted |= isinstance(message, Greeting)
         self._answered |= isinstance(message, Status)
-        # Before the greeting nothing can be told: there was no negotiation yet.
-        return message if self._greeted else None
+        return message
 
     def _complain(self, complaint: str) -> None:
         self.complaint = self.complaint or complaint

@@ -102,6 +102,23 @@ def find_socket_file(path: str, seen: SocketFile | None = None) -> SocketFile | 
     return SocketFile(status.st_dev, status.st_ino, birth, changed)
 
 
+def socket_status(path: str) -> int | None:
+    """Return what lstat(2) tells of a socket file, as one number; None if there is none.
+
+    As long as that is the same, so is the socket. It is 0, which is never the same, if
+    the last change is too recent to be told from the next one.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISSOCK(status.st_mode):
+        return None
+    if status.st_ctime_ns > time.time_ns() - CLOCK_TICK_NS:
+        return 0
+    return hash((status.st_dev, status.st_ino, status.st_ctime_ns))
+
+
 def socket_identity(path: str) -> tuple[int, int, int] | None:
     """Return what tells the socket at a path from a later one, None if there is none.
 
@@ -123,14 +140,13 @@ def _birth(path: bytes) -> int:
     mount = ctypes.c_int()
     if not LIBC.name_to_handle_at(AT_FDCWD, path, handle, ctypes.byref(mount), 0):
         size, _ = HANDLE_HEADER.unpack_from(handle)
-        return int.from_bytes(handle[HANDLE_HEADER.size :][:size], "little")
-    status = ctypes.create_string_buffer(STATX_SIZE)
-    flags = AT_SYMLINK_NOFOLLOW
-    if not LIBC.statx(AT_FDCWD, path, flags, STATX_BTIME, status):
-        if STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
-            seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
-            return int(seconds * 10**9 + nanoseconds)
-    return 0
+        return int.from_bytes(handle.raw[HANDLE_HEADER.size :][:size], "little")
+    status = ctypes.create_string_buffer(STATX_SIZE)  # its mask is 0 after a failure
+    LIBC.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BTIME, status)
+    if not STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
+        return 0
+    seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
+    return int(seconds * 10**9 + nanoseconds)
 
 
 def peer_pid(connection: socket.socket) -> int | None:
@@ -169,7 +185,8 @@ def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
             continue
         # What a name with a line feed in it forges is to be no shorter than a line.
         if [len(field) for field in fields[1:6]] == FIELD_WIDTHS:
-            entry = BoundSocket(bool(flags & SO_ACCEPTCON), state == SS_CONNECTED, inode)
+            listens, is_connected = bool(flags & SO_ACCEPTCON), state == SS_CONNECTED
+            entry = BoundSocket(listens, is_connected, inode)
             sockets.setdefault(name, []).append(entry)
     return sockets
 
@@ -240,3 +257,12 @@ def open_files(pid: str) -> Iterator[tuple[int, str]]:
     for name in os.listdir(directory):
         with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
             yield int(name), os.readlink(f"{directory}/{name}")
+
+
+def open_sockets() -> dict[int, int]:
+    """Return this process's sockets above 2: inode number -> descriptor."""
+    sockets = {}
+    for fd, target in open_files("self"):
+        if fd > 2 and target.startswith("socket:["):
+            sockets[int(target[len("socket:[") : -1])] = fd
+    return sockets

@@ -1,4 +1,9 @@
-"""systemd's side of the service, as a client: sd_notify(3) and the descriptor store."""
+"""systemd as seen by a service: status messages and the descriptor store.
+
+Owns the notify socket (sd_notify(3)), the watchdog's interval (sd_watchdog_enabled(3))
+and what systemd has not taken yet. A full or dead notify socket never blocks the
+daemon: what was not taken is sent again. Knows nothing of what is stored.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +15,38 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 NEVER = float("inf")
+#: Seconds between attempts to send what systemd did not take.
+RETRY_INTERVAL = 1.0
+#: What the name of a kept connection begins with.
+PREFIX = "connection-"
 
 
 class Notifier:
-    """Tells systemd how the daemon is doing, where it wants to know (sd_notify(3)).
+    """Sends systemd messages about the service's state."""
 
-    It also has systemd keep descriptors, so that they outlive a crash
-    (sd_pid_notify_with_fds(3)).
-    """
-
-    #: Microseconds that a service manager may take for a message.
+    #: Microseconds that systemd may take for a message.
     SEND_TIMEOUT = 10000
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
         address = environment.get("NOTIFY_SOCKET", "")
-        #: Whether there is a service manager that listens.
-        self.is_heard = address[:1] in {"/", "@"}
+        #: Whether systemd, or what stands for it, started this process.
+        self.is_enabled = address[:1] in {"/", "@"}
         self._address = "\0" + address[1:] if address[:1] == "@" else address
-        #: Seconds between signs of life, as often as sd_watchdog_enabled(3) advises.
+        #: Seconds between keep-alive pings: half of what the unit allows.
         self.watchdog_interval = NEVER
+        #: The status that systemd has taken last, "" if it was told of a reload since.
         self._status = ""
+        self._next_ping = NEVER
         microseconds = environment.get("WATCHDOG_USEC", "")
         watched_pid = environment.get("WATCHDOG_PID", str(os.getpid()))
         watched = microseconds.isdecimal() and watched_pid == str(os.getpid())
         if watched and int(microseconds) > 0:
             self.watchdog_interval = int(microseconds) / 2e6
-        if self.is_heard:
+        if self.is_enabled:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             # Not settimeout: with a full queue at the other end, that spins.
             self._socket.setsockopt(
@@ -48,15 +55,19 @@ class Notifier:
                 struct.pack("ll", 0, self.SEND_TIMEOUT),
             )
         self._flags = 0
-        #: What is to be kept no longer, and was not taken yet.
-        self._discarded: list[str] = []
+
+    def close(self) -> None:
+        """Send nothing more."""
+        if self.is_enabled:
+            self.is_enabled = False
+            self._socket.close()
 
     def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
         """Send lines like READY=1, and descriptors with them; tell whether that worked.
 
         Nothing else that is done here depends on it.
         """
-        if not self.is_heard:
+        if not self.is_enabled:
             return False
         message = ["\n".join(assignments).encode()]
         # Not socket.send_fds: that drops the address.
@@ -83,43 +94,84 @@ class Notifier:
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self._status = ""
 
-    def knows_status(self) -> bool:
-        """Tell whether the service manager has taken that the daemon is ready."""
-        return self._status != ""
+    def send_ping(self) -> None:
+        """Send the watchdog's keep-alive ping if it is due."""
+        now = time.monotonic()
+        if self.watchdog_interval == NEVER or now < self._next_ping < NEVER:
+            return
+        taken = self.send("WATCHDOG=1")
+        interval = self.watchdog_interval
+        self._next_ping = now + (interval if taken else min(interval, RETRY_INTERVAL))
 
-    def store(self, name: str, fd: int) -> bool:
-        """Have a descriptor kept, also when its peer has closed (FDPOLL=0)."""
-        return self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+    def next_message(self) -> float:
+        """Return when something has to be sent next (time.monotonic())."""
+        if self.is_enabled and not self._status:
+            return min(self._next_ping, time.monotonic() + RETRY_INTERVAL)
+        return self._next_ping
 
-    def discard(self, name: str) -> bool:
-        """Have a descriptor kept no longer; tell whether that worked.
 
-        If it did not, `discard_rest` will.
-        """
-        self._discarded.append(name)
-        return self.discard_rest()
+class DescriptorStore:
+    """Connections that systemd keeps open while the service is down.
 
-    def discard_rest(self) -> bool:
-        """Discard what could not be before; tell whether that worked."""
-        while self._discarded:
-            if not self.send("FDSTOREREMOVE=1", f"FDNAME={self._discarded[-1]}"):
-                return False
-            self._discarded.pop()
-        return True
+    See sd_pid_notify_with_fds(3). Each has a name of its own.
+    """
 
-    def store_connection(self, connection: socket.socket) -> bool:
-        """Have a connection kept; tell whether that worked."""
-        return self.store(connection_name(connection), connection.fileno())
+    def __init__(self, notifier: Notifier, discarded: Iterable[str] = ()) -> None:
+        """Begin with the names that an earlier daemon could not have discarded."""
+        self._notifier = notifier
+        #: Name -> descriptor of what systemd has not taken yet.
+        self._unstored: dict[str, int] = {}
+        #: Names of what is to be kept no longer, which systemd was not told yet.
+        self.discarded = list(discarded) if notifier.is_enabled else []
 
-    def end_connection(self, connection: socket.socket) -> None:
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is a systemd that may keep descriptors."""
+        return self._notifier.is_enabled
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether systemd has taken all that it was sent."""
+        return not self.discarded and not self._unstored
+
+    def store(self, connection: socket.socket) -> None:
+        """Have a connection kept, also when its peer has closed it (FDPOLL=0)."""
+        if self.is_enabled:
+            self._unstored[connection_name(connection)] = connection.fileno()
+            self.catch_up()
+
+    def close(self, connection: socket.socket) -> None:
         """Close a connection, also where it is kept."""
-        if self.is_heard:
+        if self.is_enabled:
             self.discard(connection_name(connection))
-            # The service manager may have it open a while longer. Where there is none,
-            # it may be a socket of the starter's, who goes on using it.
+            # systemd may have it open a while longer. Where there is none, it may be a
+            # socket of the starter's, who goes on using it.
             with contextlib.suppress(OSError):  # the peer has closed it already
                 connection.shutdown(socket.SHUT_RDWR)
         connection.close()
+
+    def discard(self, name: str) -> None:
+        """Have a descriptor kept no longer."""
+        self._unstored.pop(name, None)
+        self.discarded.append(name)
+        self.catch_up()
+
+    def catch_up(self) -> bool:
+        """Send what systemd has not taken yet; tell whether it has all."""
+        while self.discarded:
+            if not self._notifier.send(
+                "FDSTOREREMOVE=1", f"FDNAME={self.discarded[-1]}"
+            ):
+                return False
+            self.discarded.pop()
+        while self._unstored:
+            name, fd = next(iter(self._unstored.items()))
+            if not self._notifier.send(
+                "FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd]
+            ):
+                return False
+            del self._unstored[name]
+        return True
 
 
 def connection_name(connection: socket.socket) -> str:
@@ -127,4 +179,16 @@ def connection_name(connection: socket.socket) -> str:
 
     The number stays with the socket in whichever process it is.
     """
-    return f"connection-{os.fstat(connection.fileno()).st_ino}"
+    return f"{PREFIX}{os.fstat(connection.fileno()).st_ino}"
+
+
+def stored_connections(environment: Mapping[str, str]) -> set[int]:
+    """Return the inode numbers of the connections that systemd gives back.
+
+    From their names (sd_listen_fds(3)).
+    """
+    if environment.get("LISTEN_PID") != str(os.getpid()):
+        return set()
+    names = environment.get("LISTEN_FDNAMES", "").split(":")
+    numbers = [name[len(PREFIX) :] for name in names if name.startswith(PREFIX)]
+    return {int(number) for number in numbers if number.isdecimal()}

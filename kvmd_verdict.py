@@ -1,4 +1,17 @@
-"""What an event means: the guest's state, and the verdict. No I/O, no clock."""
+"""What an event means: the state of a guest, and the verdict on how it ended.
+
+A guest that its user shut down ends with SHUTDOWN, and nothing that went before speaks
+against the user. All other ends are not the user's doing. In tables:
+
+- EFFECTS: what each event changes in the state of the guest, and IGNORED: the events
+  that change nothing, each with the reason.
+- NOT_USER_REASONS: the reasons in a SHUTDOWN that are never the user's. One that a
+  later QEMU brings is to be added there.
+- OBJECTIONS: the causes that can be the user's, and what speaks against it.
+
+No I/O and no clock: an event brings its time. The names are those of QEMU's
+qapi/run-state.json: the events, ShutdownCause, RunState and WatchdogAction.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+
 class Verdict(enum.Enum):
     """What there is to be said of a guest. Only USER makes a shutdown file."""
 
@@ -18,7 +32,7 @@ class Verdict(enum.Enum):
     WITHDRAWN = "withdrawn"
     #: The guest was found running: a file from before its start is stale.
     RUNNING = "running"
-    #: The guest was found shut down: its SHUTDOWN was told to an earlier connection.
+    #: The guest was found shut down: an earlier connection had its SHUTDOWN.
     EARLIER = "earlier"
 
 
@@ -32,29 +46,61 @@ class Ruling(collections.namedtuple("Ruling", "verdict cause")):
         return f"verdict={self.verdict.value} cause={self.cause}"
 
     def export(self) -> list[str]:
-        """Return it for the state file."""
+        """Return it as JSON can hold it."""
         return [self.verdict.value, self.cause]
 
     @classmethod
-    def restore(cls, record: list[str]) -> Ruling:
-        """Return what was exported. Raises ValueError, TypeError."""
+    def restore(cls, record: object) -> Ruling:
+        """Return what was exported. Raises ValueError for anything else."""
+        if not isinstance(record, list) or len(record) != 2:
+            raise ValueError("not a verdict and its cause")
         verdict, cause = record
+        if not isinstance(cause, str):
+            raise ValueError("the cause of a verdict is no text")
         return cls(Verdict(verdict), cause)
 
 
-#: What each event does to the state of a guest (QEMU's qapi/run-state.json).
-EFFECTS: dict[str, dict[str, bool]] = {
+#: What each event changes in the state of a guest.
+EFFECTS: dict[str, dict[str, bool | None]] = {
+    # And powerdown_time, by the event's time stamp.
     "POWERDOWN": {"powerdown_requested": True},
-    "RESET": {"powerdown_requested": False, "panicked": False},
+    # A new boot.
+    "RESET": {
+        "powerdown_requested": False,
+        "powerdown_time": None,
+        "panicked": False,
+        "watchdog_action": None,
+    },
     "STOP": {"stopped": True},
     "RESUME": {"stopped": False},
     "GUEST_PANICKED": {"panicked": True},
+    # A crash kernel takes over. It may end in a power off.
+    "GUEST_CRASHLOADED": {"panicked": True},
+    # But watchdog_action, by the event's data.
+    "WATCHDOG": {},
 }
+#: Why the other events of the schema, up to QEMU 11, say nothing of whose doing the
+#: end is. SHUTDOWN is the end itself.
+IGNORED = {
+    "SUSPEND": "the guest sleeps (ACPI S3), and its QEMU goes on",
+    "SUSPEND_DISK": "the guest hibernates (ACPI S4): SHUTDOWN follows, and says whose",
+    "WAKEUP": "the guest slept, which spoke neither for its user nor against",
+    "GUEST_PVSHUTDOWN": "the guest asks for its power off: SHUTDOWN follows",
+    "MEMORY_FAILURE": "the host's memory is at fault: RESET or the end follows, if any",
+}
+
 #: The events after which a guest that was shut down runs again.
 REVIVALS = {"RESET", "RESUME"}
+#: The WatchdogAction after which QEMU ends without SHUTDOWN. Of the others, reset,
+#: shutdown and pause have an event of their own (RESET, or SHUTDOWN under -no-reboot;
+#: POWERDOWN; STOP), and QEMU goes on after debug, none and inject-nmi.
+ENDING_WATCHDOG_ACTIONS = ("poweroff",)
+#: How long a powerdown request counts after the last press, in seconds. Who wants the
+#: guest down presses again and again; who sleeps on it has to be believed again.
+POWERDOWN_LIFETIME = 3600.0
 
-#: SHUTDOWN's reasons (ShutdownCause in QEMU's qapi/run-state.json) that are never the
-#: user's: a reboot under -no-reboot, a crash, and all that comes from the host.
+#: SHUTDOWN's reasons (ShutdownCause) that are never the user's: a reboot under
+#: -no-reboot, a crash, and all that comes from the host.
 NOT_USER_REASONS = {
     "guest-reset",
     "guest-panic",
@@ -64,10 +110,11 @@ NOT_USER_REASONS = {
     "host-ui",
     "host-error",
 }
-#: What in the guest's state speaks against its user, by what SHUTDOWN carries: the
-#: reason guest-shutdown; only that the guest did it (QEMU 2.10 to 3.1); nothing.
+#: What in the state of the guest speaks against its user, by the cause that SHUTDOWN
+#: names: the reason guest-shutdown; only that the guest did it (QEMU 2.10 to 3.1); none
+#: (older ones). Any other cause is not the user.
 OBJECTIONS = {
-    "guest-shutdown": ("powerdown_requested",),
+    "guest-shutdown": ("powerdown_requested", "panicked"),
     "guest": ("powerdown_requested", "panicked"),
     "no-data": ("powerdown_requested", "stopped", "panicked"),
 }
@@ -75,23 +122,42 @@ OBJECTIONS = {
 DOWN_STATUSES = {"shutdown", "guest-panicked"}
 RUNNING_STATUSES = {"running", "suspended"}
 
+#: The types that the attributes of a guest may have in a record.
+TYPES: dict[str, tuple[type, ...]] = {
+    "powerdown_requested": (bool,),
+    "powerdown_time": (float, type(None)),
+    "stopped": (bool,),
+    "panicked": (bool,),
+    "watchdog_action": (str, type(None)),
+    "seen_alive": (bool,),
+    "ruling": (list, type(None)),
+}
 
-class GuestState:
+
+class Guest:
     """What is known of the guest of one QEMU process: a state machine without I/O."""
 
-    __slots__ = ("alive", "panicked", "powerdown_requested", "ruling", "stopped")
+    __slots__ = tuple(TYPES)
 
     def __init__(self) -> None:
         self.powerdown_requested = False
+        #: When it was requested last, in seconds since the epoch by QEMU's clock.
+        self.powerdown_time: float | None = None
         self.stopped = False
         self.panicked = False
+        #: One of ENDING_WATCHDOG_ACTIONS, if it was taken.
+        self.watchdog_action: str | None = None
         #: Seen alive in this connection.
-        self.alive = False
-        #: The verdict of this run of the guest: the first one counts.
+        self.seen_alive = False
+        #: The verdict on this run of the guest: the first one counts.
         self.ruling: Ruling | None = None
 
+    def on_connect(self) -> None:
+        """Take the start of a connection."""
+        self.seen_alive = False
+
     def on_status(self, status: str) -> Ruling | None:
-        """Take the answer to query-status, a RunState of QEMU's."""
+        """Take the answer to query-status, a RunState."""
         if self.ruling is not None:
             return None
         self.panicked |= status == "guest-panicked"
@@ -99,17 +165,25 @@ class GuestState:
             self.ruling = Ruling(Verdict.EARLIER, status)
         if status in DOWN_STATUSES:
             return None
-        self.alive = True
+        self.seen_alive = True
         self.stopped = status not in RUNNING_STATUSES
         return Ruling(Verdict.RUNNING, status)
 
-    def on_event(self, name: str, data: object) -> Ruling | None:
-        """Take an event; return what it changes in the verdict, if anything."""
-        self.alive = True
+    def on_event(self, name: str, data: object, time: float | None) -> Ruling | None:
+        """Take an event; return what it changes in the verdict, if anything.
+
+        Its time is in seconds since the epoch by QEMU's clock, None if it has none.
+        """
+        self.seen_alive = True
         for attribute, value in EFFECTS.get(name, {}).items():
             setattr(self, attribute, value)
+        if name == "POWERDOWN":
+            self.powerdown_time = time
+        if name == "WATCHDOG":
+            action = data.get("action") if isinstance(data, dict) else None
+            self.watchdog_action = action if action in ENDING_WATCHDOG_ACTIONS else None
         if name == "SHUTDOWN" and self.ruling is None:
-            self.ruling = self._judge(data)
+            self.ruling = self._judge(data, time)
             return self.ruling
         if name in REVIVALS and self.ruling is not None:
             self.ruling = None
@@ -118,45 +192,64 @@ class GuestState:
 
     def on_end(self) -> Ruling | None:
         """Take the end of the connection."""
-        if self.ruling is not None or not self.alive:
+        if self.ruling is not None or not self.seen_alive:
             return None
-        self.alive = False
-        return Ruling(Verdict.NOT_USER, "connection-ended")
+        self.seen_alive = False
+        cause = "connection-ended"
+        if self.watchdog_action is not None:
+            cause += f",watchdog-{self.watchdog_action}"
+        return Ruling(Verdict.NOT_USER, cause)
 
     def export(self) -> dict[str, object]:
-        """Return the state for the state file."""
-        record = {name: getattr(self, name) for name in self.__slots__}
+        """Return the state as JSON can hold it."""
+        record = {name: getattr(self, name) for name in TYPES}
         return {**record, "ruling": self.ruling and self.ruling.export()}
 
-    def restore(self, record: dict[str, Any]) -> None:
-        """Take over what was exported."""
-        for name in self.__slots__:
-            setattr(self, name, record[name])
-        self.ruling = record["ruling"] and Ruling.restore(record["ruling"])
+    @classmethod
+    def restore(cls, record: dict[str, Any]) -> Guest:
+        """Return a guest in the state that was exported.
 
-    def _judge(self, data: object) -> Ruling:
-        cause, row = grounds_of_shutdown(data)
-        objections = [name for name in OBJECTIONS.get(row, ()) if getattr(self, name)]
-        cause = ",".join([cause, *objections]).replace("_", "-")
-        if row == "not-user" or objections:
+        Members that are unknown are passed over, and missing ones have the value that
+        a new guest has. Raises ValueError for a member of another type.
+        """
+        guest = cls()
+        for name in TYPES.keys() & record.keys():
+            if type(record[name]) not in TYPES[name]:
+                raise ValueError(f"a guest's {name} is of another type")
+            setattr(guest, name, record[name])
+        if guest.watchdog_action not in (None, *ENDING_WATCHDOG_ACTIONS):
+            guest.watchdog_action = None
+        guest.ruling = guest.ruling and Ruling.restore(guest.ruling)
+        return guest
+
+    def _judge(self, data: object, time: float | None) -> Ruling:
+        """Return the ruling on a SHUTDOWN."""
+        cause = cause_of_shutdown(data)
+        if cause not in OBJECTIONS:
             return Ruling(Verdict.NOT_USER, cause)
-        return Ruling(Verdict.USER, cause)
+        objections = [name for name in OBJECTIONS[cause] if getattr(self, name)]
+        if "powerdown_requested" in objections and self._request_has_lapsed(time):
+            objections.remove("powerdown_requested")
+        verdict = Verdict.NOT_USER if objections else Verdict.USER
+        return Ruling(verdict, ",".join([cause, *objections]).replace("_", "-"))
+
+    def _request_has_lapsed(self, time: float | None) -> bool:
+        """Tell whether the last powerdown request is too old to count.
+
+        It counts where a time is unknown, or QEMU's clock went backwards.
+        """
+        if time is None or self.powerdown_time is None:
+            return False
+        return time - self.powerdown_time > POWERDOWN_LIFETIME
 
 
-def grounds_of_shutdown(data: object) -> tuple[str, str]:
-    """Return the cause that SHUTDOWN's data names and the row of OBJECTIONS it is in.
-
-    The row is "not-user" where nothing needs to be said against the user any more.
-    """
+def cause_of_shutdown(data: object) -> str:
+    """Return what SHUTDOWN's data names as its cause."""
     if data is None:
-        return "no-data", "no-data"
+        return "no-data"
     if not isinstance(data, dict):
-        return "malformed", "not-user"
+        return "malformed"
     reason = data.get("reason")
-    if reason == "guest-shutdown":
-        return reason, reason
-    if isinstance(reason, str) and reason in NOT_USER_REASONS:
-        return reason, "not-user"
-    if data.get("guest") is True:
-        return "guest", "guest"
-    return "not-guest", "not-user"
+    if isinstance(reason, str) and reason in {"guest-shutdown", *NOT_USER_REASONS}:
+        return reason
+    return "guest" if data.get("guest") is True else "not-guest"

@@ -14,11 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from daemon import INSTANCE, Daemon, control_directory
 from fake_qemu import FakeQemu
+from node import Node
 from qemu import PROGRAM, Qemu, is_installed
 
+from kvmd_journal import Journal
 from kvmd_log import Log
-from kvmd_monitor import Monitor, Reactor
-from kvmd_systemd import Notifier
+from kvmd_loop import Loop
+from kvmd_monitor import Monitor, Surroundings
+from kvmd_systemd import DescriptorStore, Notifier
 
 StartQemu = Callable[..., Qemu]
 
@@ -47,6 +50,14 @@ def daemon(control_dir: Path) -> Iterator[Daemon]:
 
 
 @pytest.fixture
+def node(control_dir: Path) -> Iterator[Node]:
+    """Return a node with the settings that kvmd needs; nothing may be left running."""
+    node = Node(control_dir)
+    yield node
+    node.end()
+
+
+@pytest.fixture
 def fake_qemu(control_dir: Path) -> Iterator[FakeQemu]:
     """Return a fake QEMU of INSTANCE that has no socket yet."""
     with FakeQemu(control_dir, INSTANCE) as qemu:
@@ -66,23 +77,30 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
 
 
 @pytest.fixture
-def reactor(control_dir: Path) -> Iterator[Reactor]:
+def surroundings(control_dir: Path) -> Iterator[Surroundings]:
     """Return what a monitor needs, with a log that is thrown away."""
-    reactor = Reactor(
-        str(control_dir), Log(None, []), Notifier({}), descriptor_limit=100
+    log, store = Log(None, []), DescriptorStore(Notifier({}))
+    surroundings = Surroundings(str(control_dir), log, Loop(), store, 100)
+    state_file = control_dir.parent / "kvmd.state"
+    surroundings.journal = Journal(
+        str(state_file), str(control_dir), log, lambda: [], lambda: []
     )
-    yield reactor
-    reactor.selector.close()
+    surroundings.journal.begin()
+    yield surroundings
+    surroundings.journal.close()
+    surroundings.loop.close()
 
 
 @pytest.fixture
-def monitor(reactor: Reactor, fake_qemu: FakeQemu) -> Iterator[Monitor]:
+def monitor(
+    surroundings: Surroundings, fake_qemu: FakeQemu
+) -> Iterator[Monitor]:
     """Return a monitor that has negotiated with the fake QEMU."""
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", reactor)
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
     monitor.connect()
     fake_qemu.negotiate()
-    while not monitor.state.alive:
+    while not monitor.guest.seen_alive:
         monitor.receive()
     yield monitor
-    monitor.finish()
+    monitor.close()

@@ -24,6 +24,12 @@ INSTANCE = "web1.example.com"
 # Every warning of the interpreter's is an error, that of an unclosed socket, say.
 INTERPRETER = (sys.executable, "-X", "dev", "-W", "error")
 
+# A line of its log.
+LOG_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: ganeti-kvmd pid=\d+"
+    r" (DEBUG|INFO|WARNING|ERROR) \S.*"
+)
+
 # What the daemon logs when it is at work.
 _AT_WORK = " INFO started"
 
@@ -73,6 +79,7 @@ class Daemon:
         node = control_dir.parent
         self.control_dir = control_dir
         self.pid_file = node / "kvmd.pid"
+        self.state_file = node / "kvmd.state"
         self.log_file = node / "kvmd.log"
         self.stderr_file = node / "kvmd.stderr"
         self._command = [

@@ -13,6 +13,8 @@ POWER_OFF = b"p"
 HIBERNATE = b"h"
 REBOOT = b"r"
 PANIC = b"c"
+START_CRASH_KERNEL = b"k"
+LET_WATCHDOG_EXPIRE = b"w"
 OBEY_POWER_BUTTON = b"b"
 
 # Power management of the PIIX4 chip, as the firmware places it.
@@ -28,6 +30,12 @@ _FULL_RESET = 0x06
 
 _PVPANIC = 0x505
 _PANICKED = 0x01
+_CRASH_LOADED = 0x02
+
+# The ib700 takes any byte that is written to its two ports for the time until it
+# expires: 15 stands for 0 seconds.
+_IB700_ENABLE = 0x443
+_AT_ONCE = 0x0F0F
 
 # Each command's port, and the word written there.
 _COMMANDS = {
@@ -35,6 +43,8 @@ _COMMANDS = {
     HIBERNATE: (_PM1_CONTROL, _SLEEP | _S4),
     REBOOT: (_RESET_CONTROL, _FULL_RESET),
     PANIC: (_PVPANIC, _PANICKED),
+    START_CRASH_KERNEL: (_PVPANIC, _CRASH_LOADED),
+    LET_WATCHDOG_EXPIRE: (_IB700_ENABLE, _AT_ONCE),
     # The chip reports the power button only where it is enabled: until this
     # command, and again after a reset, the guest ignores it.
     OBEY_POWER_BUTTON: (_PM1_ENABLE, _POWER_BUTTON),

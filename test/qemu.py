@@ -32,6 +32,14 @@ def is_installed() -> bool:
     return shutil.which(PROGRAM) is not None
 
 
+def installed_version() -> str:
+    """Return the version of this machine's QEMU."""
+    result = subprocess.run(
+        [PROGRAM, "--version"], capture_output=True, check=True, text=True
+    )
+    return result.stdout.split("version ")[1].split()[0]
+
+
 class QmpClient:
     """One client of a QMP monitor. `events` are all that have come in so far."""
 
@@ -129,6 +137,11 @@ class Qemu:
         return self._control_dir / f"{self.name}.shutdown"
 
     @property
+    def watched_socket(self) -> Path:
+        """The monitor socket that exists for the daemon."""
+        return self._control_dir / f"{self.name}.kvmd"
+
+    @property
     def qmp(self) -> QmpClient:
         """The client that Ganeti would be."""
         assert self._qmp
@@ -157,14 +170,22 @@ class Qemu:
         self.tell_guest(guest.REBOOT)
         self.wait_until_guest_is_ready()
 
+    def have_guest_do(self, letter: bytes) -> None:
+        """Give the guest a command that it outlives, and wait until it is done."""
+        self.tell_guest(letter)
+        self.wait_until_guest_has_done(letter)
+
     def make_guest_obey_power_button(self) -> None:
         """Have the guest power off at `system_powerdown`, until its next boot."""
-        self.tell_guest(guest.OBEY_POWER_BUTTON)
-        self._expect_of_guest(guest.OBEY_POWER_BUTTON)
+        self.have_guest_do(guest.OBEY_POWER_BUTTON)
 
     def wait_until_guest_is_ready(self) -> None:
         """Wait until the guest has booted, for the first time or anew."""
         self._expect_of_guest(guest.READY)
+
+    def wait_until_guest_has_done(self, letter: bytes) -> None:
+        """Wait for the guest's answer to a command."""
+        self._expect_of_guest(letter)
 
     def wait_until_watched(self) -> None:
         """Wait until a client is connected to `.kvmd`."""
@@ -177,7 +198,9 @@ class Qemu:
     def end(self) -> None:
         """End the process, if it still runs, and leave nothing of it."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        if self.process.stderr:
+            self.process.stderr.close()
         if self._serial:
             self._serial.close()
         if self._qmp:

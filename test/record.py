@@ -1,9 +1,10 @@
 """Record what QEMU says on an instance's `.kvmd` socket, in every scenario.
 
-Usage: python3 test/record.py
+Usage: python3 test/record.py [SCENARIO ...]
 
-Makes test/data/*.qmp anew, with the QEMU that is installed: for each scenario
-the bytes that a client receives, from the greeting to the end of the connection.
+Makes test/data/*.qmp anew, or those named, with the QEMU that is installed: for each
+scenario the bytes that a client receives, from the greeting to the end of the
+connection.
 """
 
 from __future__ import annotations
@@ -74,10 +75,24 @@ def record(scenarios: list[Scenario]) -> None:
             recording(scenario).write_bytes(recorder.read_to_end())
 
 
+def chosen(names: list[str]) -> list[list[Scenario]]:
+    """Return what to record, by name, in groups that run side by side."""
+    groups = [*([scenario] for scenario in SCENARIOS), MIGRATION]
+    known = {scenario.name for group in groups for scenario in group}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"no such scenario: {', '.join(unknown)}")
+    return [
+        group
+        for group in groups
+        if not names or any(scenario.name in names for scenario in group)
+    ]
+
+
 def main() -> None:
-    """Record all."""
+    """Record all, or what is named."""
     DATA.mkdir(exist_ok=True)
-    for scenarios in [*([scenario] for scenario in SCENARIOS), MIGRATION]:
+    for scenarios in chosen(sys.argv[1:]):
         record(scenarios)
         for scenario in scenarios:
             print(recording(scenario).relative_to(ROOT))

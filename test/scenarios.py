@@ -5,8 +5,10 @@ The tests, the demo and the recordings of QMP go through the same scenarios.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import guest
@@ -69,6 +71,66 @@ def ignore_power_button_and_reset(qemu: Qemu) -> None:
     qemu.reboot_guest()
 
 
+def rename_away_and_back(path: Path) -> None:
+    """Give a file another name, and its own name again."""
+    away = path.with_suffix(".away")
+    path.rename(away)
+    away.rename(path)
+
+
+def ignore_power_button_and_disturb_socket(qemu: Qemu) -> None:
+    """Press the power button in vain, then do as cleaners of /run do.
+
+    The socket gets other time stamps, and is away under another name for a moment.
+    """
+    boot_and_ignore_power_button(qemu)
+    os.utime(qemu.watched_socket)
+    rename_away_and_back(qemu.watched_socket)
+
+
+def start_crash_kernel(qemu: Qemu) -> None:
+    """Boot, and crash, where a crash kernel takes over: a dump, then the end."""
+    qemu.boot()
+    qemu.have_guest_do(guest.START_CRASH_KERNEL)
+
+
+def start_crash_kernel_and_reset(qemu: Qemu) -> None:
+    """Boot, crash, and have the crash kernel reset the guest."""
+    start_crash_kernel(qemu)
+    qemu.reboot_guest()
+
+
+def panic(qemu: Qemu) -> None:
+    """Panic, where QEMU pauses the guest then."""
+    qemu.tell_guest(guest.PANIC)
+    qemu.qmp.wait_for_event("GUEST_PANICKED")
+    qemu.qmp.wait_for_event("STOP")
+
+
+def go_on_after_panic(qemu: Qemu) -> None:
+    """Have the guest run on that has panicked."""
+    qemu.qmp.command("cont")
+    qemu.wait_until_guest_has_done(guest.PANIC)
+
+
+def boot_panic_and_go_on(qemu: Qemu) -> None:
+    """Boot, panic, and go on all the same."""
+    qemu.boot()
+    panic(qemu)
+    go_on_after_panic(qemu)
+
+
+def boot_with_watchdog(qemu: Qemu, action: str) -> None:
+    """Boot, with a watchdog that does so when it expires; obey the power button."""
+    boot_obedient(qemu)
+    qemu.qmp.command("watchdog-set-action", action=action)
+
+
+def let_watchdog_expire(qemu: Qemu) -> None:
+    """Do as a guest that hangs, in no time."""
+    qemu.tell_guest(guest.LET_WATCHDOG_EXPIRE)
+
+
 def boot_stop_and_continue(qemu: Qemu) -> None:
     """Boot, and pause the guest for a moment."""
     qemu.boot()
@@ -91,6 +153,7 @@ def power_off_and_quit(qemu: Qemu) -> None:
     """Power off where QEMU stays, and end QEMU."""
     power_off(qemu)
     qemu.qmp.wait_for_event("SHUTDOWN")
+    qemu.qmp.wait_for_event("STOP")
     qemu.qmp.command("quit")
 
 
@@ -99,6 +162,12 @@ def migrate_away(qemu: Qemu) -> None:
     qemu.boot()
     qemu.migrate_to(MIGRATION_URI)
 
+
+# QEMU stays when the guest is down, and pauses the guest when that panics. (Since
+# QEMU 6.0 `-action panic=pause` does the second alone.)
+STAYING = ("-no-shutdown",)
+
+WATCHDOG = ("-device", "ib700")
 
 SCENARIOS = [
     Scenario(
@@ -117,7 +186,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="powerdown-obeyed",
-        how="system_powerdown, the guest obeys",
+        how="power button, the guest obeys",
         expected=NOT_USER,
         cause="guest-shutdown,powerdown-requested",
         prepare=boot_obedient,
@@ -125,7 +194,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="powerdown-ignored",
-        how="system_powerdown ignored, SIGTERM",
+        how="power button ignored, SIGTERM",
         expected=NOT_USER,
         cause="host-signal",
         prepare=boot_and_ignore_power_button,
@@ -133,7 +202,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="powerdown-ignored-reset",
-        how="system_powerdown ignored, reset, poweroff",
+        how="power button, reset, poweroff",
         expected=USER,
         cause="guest-shutdown",
         prepare=ignore_power_button_and_reset,
@@ -162,14 +231,14 @@ SCENARIOS = [
     ),
     Scenario(
         name="reset",
-        how="reset in the guest",
+        how="reboot in the guest",
         expected=RUNS_ON,
         cause="",
         end=Qemu.reboot_guest,
     ),
     Scenario(
         name="reset-no-reboot",
-        how="reset in the guest (-no-reboot)",
+        how="reboot in the guest (-no-reboot)",
         expected=NOT_USER,
         cause="guest-reset",
         options=("-no-reboot",),
@@ -185,7 +254,7 @@ SCENARIOS = [
     ),
     Scenario(
         name="stop-cont",
-        how="stop, cont, poweroff in the guest",
+        how="stop, cont, poweroff",
         expected=USER,
         cause="guest-shutdown",
         prepare=boot_stop_and_continue,
@@ -200,12 +269,63 @@ SCENARIOS = [
     ),
     Scenario(
         name="no-shutdown",
-        how="poweroff, reset, poweroff (-no-shutdown)",
+        how="poweroff twice (-no-shutdown)",
         expected=USER,
         cause="guest-shutdown",
-        options=("-no-shutdown",),
+        options=STAYING,
         prepare=power_off_and_come_back,
         end=power_off_and_quit,
+    ),
+    Scenario(
+        name="powerdown-socket-disturbed",
+        how="power button, mv .kvmd, poweroff",
+        expected=NOT_USER,
+        cause="guest-shutdown,powerdown-requested",
+        prepare=ignore_power_button_and_disturb_socket,
+        end=power_off,
+    ),
+    Scenario(
+        name="crash-kernel",
+        how="crash kernel, poweroff",
+        expected=NOT_USER,
+        cause="guest-shutdown,panicked",
+        prepare=start_crash_kernel,
+        end=power_off,
+    ),
+    Scenario(
+        name="crash-kernel-reset",
+        how="crash kernel, reset, poweroff",
+        expected=USER,
+        cause="guest-shutdown",
+        prepare=start_crash_kernel_and_reset,
+        end=power_off,
+    ),
+    Scenario(
+        name="panic-cont",
+        how="panic, cont, poweroff",
+        expected=NOT_USER,
+        cause="guest-shutdown,panicked",
+        options=STAYING,
+        prepare=boot_panic_and_go_on,
+        end=power_off_and_quit,
+    ),
+    Scenario(
+        name="watchdog-poweroff",
+        how="watchdog, action poweroff",
+        expected=NOT_USER,
+        cause="connection-ended,watchdog-poweroff",
+        options=WATCHDOG,
+        prepare=lambda qemu: boot_with_watchdog(qemu, "poweroff"),
+        end=let_watchdog_expire,
+    ),
+    Scenario(
+        name="watchdog-shutdown",
+        how="watchdog, action shutdown",
+        expected=NOT_USER,
+        cause="guest-shutdown,powerdown-requested",
+        options=WATCHDOG,
+        prepare=lambda qemu: boot_with_watchdog(qemu, "shutdown"),
+        end=let_watchdog_expire,
     ),
 ]
 

@@ -7,14 +7,17 @@ FileDescriptorStoreMax=: see sd_notify(3), sd_pid_notify_with_fds(3), sd_listen_
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import re
 import select
 import socket
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -201,6 +204,45 @@ class Systemd:
         self._socket.close()
         os.close(self._ending)
         os.close(self._end)
+
+
+@contextmanager
+def full_notify_socket(address: Path) -> Iterator[socket.socket]:
+    """Give a notify socket whose queue is full; it is read by who is given it."""
+    with ExitStack() as ending:
+        manager = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(address))
+        manager.settimeout(SECONDS)
+        is_full = False
+        while not is_full:
+            # One sender's own buffer may be full before the queue is.
+            sender = ending.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            )
+            sent = fill(sender, address)
+            is_full = sent == 0
+        yield manager
+
+
+def fill(sender: socket.socket, address: Path) -> int:
+    """Send until no more is taken; return how often that was."""
+    for count in itertools.count():
+        try:
+            sender.sendto(b"full", socket.MSG_DONTWAIT, str(address))
+        except BlockingIOError:
+            return count
+    raise AssertionError("counted to the end")
+
+
+def take_descriptors(manager: socket.socket, count: int) -> list[str]:
+    """Read a notify socket until so many descriptors have come; return their kinds."""
+    kinds: list[str] = []
+    while len(kinds) < count:
+        message, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+        for fd in fds:
+            os.close(fd)
+            kinds += re.findall(r"FDNAME=([a-z]+)-", message.decode())
+    return kinds
 
 
 class Service(Daemon):

@@ -162,6 +162,7 @@ def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
     reactor.log.sinks.append(lambda _level, line: warnings.append(line))
     fake_qemu.send_descriptor(UNINTERESTING, 0)
     assert monitor.receive()
+    reactor.log.flush()
     assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
     fake_qemu.send(UNINTERESTING)
     assert not reactor.selector.select(0)

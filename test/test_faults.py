@@ -374,20 +374,20 @@ def receive(self):
 kvmd_monitor.Monitor.receive = receive
 """,
     "connecting": """
-original = kvmd_monitor.selectors.EpollSelector.register
+original = kvmd_loop.selectors.EpollSelector.register
 def register(self, file, events, data=None):
     if getattr(data, "instance", None) == "bad":
         raise OSError(28, "patched")
     return original(self, file, events, data)
-kvmd_monitor.selectors.EpollSelector.register = register
+kvmd_loop.selectors.EpollSelector.register = register
 """,
     "timing": """
-original = kvmd_monitor.Reactor.set_timer
-def set_timer(self, monitor, seconds):
-    if monitor.instance == "bad" and seconds < 0.5:
+original = kvmd_loop.Loop.set_timer
+def set_timer(self, owner, seconds):
+    if owner.instance == "bad" and seconds < 0.5:
         raise RuntimeError("patched")
-    return original(self, monitor, seconds)
-kvmd_monitor.Reactor.set_timer = set_timer
+    return original(self, owner, seconds)
+kvmd_loop.Loop.set_timer = set_timer
 """,
 }
 
@@ -558,7 +558,7 @@ def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
     fake_qemu.bind()
     monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
     monitor.connect()
-    monitor.state.on_event("POWERDOWN", None)
+    monitor.state.on_event("POWERDOWN", None, None)
     monitor.connect()
     assert monitor.state.powerdown_requested
     os.utime(fake_qemu.path, ns=(0, 0))  # as of another file with that inode number

@@ -189,9 +189,10 @@ def test_table_of_causes_is_what_the_verdict_does(page: str) -> None:
         **DATA_WITHOUT_REASON,
     }
     rulings = [
-        kvmd_verdict.GuestState().on_event("SHUTDOWN", data) for data in shutdowns.values()
+        kvmd_verdict.Guest().on_event("SHUTDOWN", data, None)
+        for data in shutdowns.values()
     ]
-    crashed = kvmd_verdict.GuestState()
+    crashed = kvmd_verdict.Guest()
     crashed.on_status("running")
     rulings.append(crashed.on_end())
     judged = section(page, "HOW A SHUTDOWN IS JUDGED")

@@ -36,7 +36,6 @@ def test_installs_the_program_its_modules_the_man_page_and_the_drop_in(
     launcher: Path,
 ) -> None:
     prefix = launcher.parents[1]
-    modules = {path.name for path in ROOT.glob("kvmd*.py")}
 
     installed = {
         str(path.relative_to(prefix)): f"{path.stat().st_mode & 0o777:o}"
@@ -47,7 +46,7 @@ def test_installs_the_program_its_modules_the_man_page_and_the_drop_in(
     assert installed == {
         "lib/systemd/system/ganeti-kvmd.service.d/50-kvmd.conf": "644",
         "sbin/ganeti-kvmd": "755",
-        **{f"share/ganeti-kvmd/{module}": "644" for module in modules},
+        **{f"share/ganeti-kvmd/{path.name}": "644" for path in ROOT.glob("kvmd*.py")},
         "share/man/man8/ganeti-kvmd.8": "644",
     }
 

@@ -1,7 +1,8 @@
-"""Real QEMU, real guests: who shut the instance down?"""
+"""Real QEMU, real guests: who shut the instance down."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,15 @@ from scenarios import (
     NOT_USER,
     RUNS_ON,
     SCENARIOS,
+    STAYING,
     USER,
     Scenario,
+    boot_and_ignore_power_button,
+    go_on_after_panic,
     kill,
+    panic,
     power_off,
+    rename_away_and_back,
 )
 from status import status_table
 from witness import GONE, Witness
@@ -50,6 +56,21 @@ def assert_verdict(scenario: Scenario, daemon: Daemon, qemu: Qemu) -> None:
 def is_connected(daemon: Daemon) -> bool:
     """Tell whether the daemon is connected to INSTANCE's QEMU."""
     return status_table(daemon).get(f"{INSTANCE}.kvmd", "").startswith("connected")
+
+
+def sleeps(daemon: Daemon) -> int:
+    """Count how often the daemon has had nothing to do."""
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+def wait_for_rescan(daemon: Daemon) -> None:
+    """Wait until the daemon has rescanned, for which it wakes alone when all is quiet.
+
+    A name that changes wakes it twice.
+    """
+    before = sleeps(daemon)
+    wait_until(lambda: sleeps(daemon) >= before + 5, "a rescan")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +129,44 @@ def test_the_file_is_withdrawn_when_the_guest_comes_back(
     qemu.qmp.command("system_reset")
     wait_until(lambda: not qemu.shutdown_file.exists(), "no shutdown file")
     assert "verdict=withdrawn cause=reset " in daemon.wait_for_verdict(INSTANCE, 2)
+
+
+def test_a_panic_before_the_daemons_start_counts_when_the_guest_goes_on(
+    control_dir: Path, start_qemu: StartQemu
+) -> None:
+    qemu = start_qemu(*STAYING)
+    qemu.boot()
+    panic(qemu)
+    with Daemon(control_dir) as daemon:
+        daemon.wait_for_log('"guest-panicked"')  # QEMU's answer to query-status
+        go_on_after_panic(qemu)
+        power_off(qemu)
+        verdict = daemon.wait_for_verdict(INSTANCE)
+        assert "verdict=not-user cause=guest-shutdown,panicked " in verdict
+        daemon.stop()
+    assert not qemu.shutdown_file.exists()
+
+
+@pytest.mark.parametrize(
+    "disturb", [os.utime, rename_away_and_back], ids=["touch", "rename"]
+)
+def test_a_power_button_outlives_what_is_done_to_the_socket(
+    disturb: Callable[[Path], object],
+    start_qemu: StartQemu,
+    control_dir: Path,
+) -> None:
+    with Daemon(control_dir, "--rescan-interval=0.05") as daemon:
+        qemu = start_qemu()
+        daemon.wait_until_connected(INSTANCE)
+        boot_and_ignore_power_button(qemu)
+        daemon.wait_for_log('"event": "POWERDOWN"')
+        disturb(qemu.watched_socket)
+        wait_for_rescan(daemon)
+        power_off(qemu)
+        verdict = daemon.wait_for_verdict(INSTANCE)
+        assert "verdict=not-user cause=guest-shutdown,powerdown-requested " in verdict
+        daemon.stop()
+    assert not qemu.shutdown_file.exists()
 
 
 def test_a_migration_is_no_shutdown_and_its_target_is_watched(

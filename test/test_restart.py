@@ -171,9 +171,9 @@ def test_without_a_log_to_be_opened_there_is_no_restart(
 def test_a_state_of_another_form_is_dropped_with_a_warning(
     daemon: Daemon, qemu: FakeQemu, installed: Path
 ) -> None:
-    replace(installed, "STATE_VERSION = 1", "STATE_VERSION = 2")
+    replace(installed, "FORMAT = 1", "FORMAT = 2")
     daemon.send_signal(signal.SIGUSR2)
-    daemon.wait_for_log("WARNING the state of an earlier daemon can't be read")
+    daemon.wait_for_log("WARNING .*kvmd.state: it can't be used .*not of format 2")
     qemu.wait_until_client_leaves()
     qemu.negotiate()
     assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"

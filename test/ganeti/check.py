@@ -7,23 +7,23 @@ one installs the package, the last one removes it.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 from cluster import (
-    CHECKOUT,
     CONTROL_DIR,
     LOG_FILE,
     PID_FILE,
     GanetiUnusableError,
     Instance,
+    built_package,
     create_cluster,
     daemon_is_version,
     daemon_pid,
@@ -36,6 +36,7 @@ from cluster import (
     wait_until,
     which_daemon,
 )
+from scenario import all_hold, report
 
 INIT_SCRIPT = "/etc/init.d/ganeti"
 NEWER_VERSION = "999"
@@ -229,12 +230,6 @@ def removing_brings_ganetis_daemon_back() -> None:
         expect_down_by_user(instance)
 
 
-def built_package() -> Path:
-    """Return the newest package that `make deb` left."""
-    packages = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
-    return max(packages, key=lambda package: package.stat().st_mtime)
-
-
 def newer_package() -> tuple[Path, Path]:
     """Make a package of a newer version; return it, and its module when installed."""
     tree, package = Path("/tmp/newer"), Path("/tmp/newer.deb")
@@ -313,24 +308,15 @@ SCENARIOS = [
 ]
 
 
-def holds(scenario: Callable[[], None]) -> bool:
-    """Play a scenario, say on one line how it went; tell whether all held."""
-    start = time.monotonic()
-    failure = None
-    try:
+def leaving_no_file(scenario: Callable[[], None]) -> Callable[[], None]:
+    """Return a scenario that also fails when a shutdown file is left behind."""
+
+    @functools.wraps(scenario)
+    def play() -> None:
         scenario()
         expect("files left", [path.name for path in CONTROL_DIR.glob("*.shutdown")], [])
-    except Exception:
-        failure = traceback.format_exc()
-    report("FAIL" if failure else "ok", start, scenario.__name__.replace("_", " "))
-    if failure:
-        print(failure, run("tail", str(LOG_FILE)), sep="\n", flush=True)
-    return not failure
 
-
-def report(verdict: str, start: float, what: str) -> None:
-    """Print one line, with the seconds it took since the start."""
-    print(f"{verdict:4} {time.monotonic() - start:5.1f} s  {what}", flush=True)
+    return play
 
 
 def main() -> int:
@@ -342,9 +328,7 @@ def main() -> int:
         print(f"Ganeti itself does not work here, no scenario was played: {error}")
         return 1
     report("", start, "to create a cluster of one node")
-    results = [holds(scenario) for scenario in SCENARIOS]
-    report("", start, f"in all; {sum(results)} of {len(results)} scenarios hold")
-    return 0 if all(results) else 1
+    return 0 if all_hold([leaving_no_file(scenario) for scenario in SCENARIOS]) else 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "test"))
@@ -57,16 +58,18 @@ def expect(what: str, actual: object, wanted: object) -> None:
         raise AssertionError(f"{what}: {actual!r}, expected {wanted!r}")
 
 
-def wait_until(what: str, condition: Callable[[], object]) -> None:
-    """Wait for a condition; fail when it doesn't come true in time."""
-    deadline = time.monotonic() + PATIENCE
+def wait_until(
+    what: str, condition: Callable[[], object], limit: float = PATIENCE
+) -> None:
+    """Wait for a condition; fail when it doesn't come true within the seconds."""
+    deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {PATIENCE} s: {what}")
+            raise AssertionError(f"not within {limit} s: {what}")
         time.sleep(0.05)
 
 
-def run(*command: str) -> str:
+def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
     """Run a command, return what it prints; fail with that when it fails."""
     # A file, not a pipe: a daemon that the command starts may keep it open.
     with tempfile.TemporaryFile("w+") as output:
@@ -75,7 +78,7 @@ def run(*command: str) -> str:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=COMMAND_LIMIT,
+            timeout=limit,
             check=False,
         )
         output.seek(0)
@@ -187,6 +190,16 @@ class Instance:
         with waiting_for_end(self.pid):
             self._tell(guest.POWER_OFF)
 
+    def press_power_button(self) -> None:
+        """Press the power button, as Ganeti does; return when QEMU has done so."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(PATIENCE)
+            monitor.connect(str(CONTROL_DIR / f"{self.name}.monitor"))
+            with monitor.makefile("rwb", buffering=0) as stream:
+                await_prompt(stream)
+                stream.write(b"system_powerdown\n")
+                await_prompt(stream)
+
     def obey_power_button(self) -> None:
         """Have the guest obey the power button; until it is told, it ignores it."""
         self._tell(guest.OBEY_POWER_BUTTON)
@@ -223,11 +236,21 @@ class Instance:
         connected = rf"{self.name}: connected to .* pid {self.pid}\n"
         return re.search(rf" pid={daemon_pid()} .* {connected}", LOG_FILE.read_text())
 
+    def verdicts(self) -> list[str]:
+        """Return the daemon's verdicts, each with its cause."""
+        pattern = rf" {self.name}: verdict=(\S+) cause=(\S+)"
+        return [" ".join(words) for words in re.findall(pattern, LOG_FILE.read_text())]
+
     def expect_verdicts(self, *wanted: str) -> None:
         """Fail unless the daemon's verdicts, with their causes, are these."""
-        pattern = rf" {self.name}: verdict=(\S+) cause=(\S+)"
-        found = re.findall(pattern, LOG_FILE.read_text())
-        expect("verdicts", [" ".join(words) for words in found], list(wanted))
+        expect("verdicts", self.verdicts(), list(wanted))
+
+
+def await_prompt(monitor: BinaryIO) -> None:
+    """Read from QEMU's monitor until it waits for a command."""
+    text = b""
+    while not text.endswith(b"(qemu) "):
+        text += monitor.read(1)
 
 
 @contextlib.contextmanager
@@ -243,6 +266,12 @@ def waiting_for_end(pid: int) -> Iterator[None]:
 
 
 # ---- The daemon ----------------------------------------------------------------------
+
+
+def built_package() -> Path:
+    """Return the newest package that `make deb` left."""
+    packages = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
+    return max(packages, key=lambda package: package.stat().st_mtime)
 
 
 def daemon_util(action: str) -> None:

@@ -55,6 +55,7 @@ PROGRAM = Path("/usr/sbin/ganeti-kvmd")
 GANETIS_PROGRAM = Path("/usr/sbin/ganeti-kvmd.haskell")
 MAN_PAGE = Path("/usr/share/man/man8/ganeti-kvmd.8.gz")
 GANETIS_MAN_PAGE = Path("/usr/share/man/man8/ganeti-kvmd.haskell.8.gz")
+STATE_FILE = PID_FILE.with_suffix(".state")
 POLICY = Path("/usr/sbin/policy-rc.d")
 
 #: The directories in which our package, Ganeti's and dpkg leave what is theirs.
@@ -265,6 +266,15 @@ def purging_without_removing_gives_back() -> None:
     install(our_package())
     purge()
     expect_one_daemon("Ganeti's")
+
+
+def removing_keeps_the_journal_and_purging_does_not() -> None:
+    install(our_package())
+    STATE_FILE.touch()
+    remove()
+    expect("journal", STATE_FILE.exists(), True)
+    purge()
+    expect("journal", STATE_FILE.exists(), False)
 
 
 # ---- Beside Ganeti's packages --------------------------------------------------------
@@ -571,6 +581,7 @@ SCENARIOS = [
     installing_again_changes_nothing,
     installing_after_removal_takes_over_again,
     purging_without_removing_gives_back,
+    removing_keeps_the_journal_and_purging_does_not,
     ours_may_come_before_ganeti,
     ganeti_may_be_installed_anew,
     ganeti_may_go_and_come_back,

@@ -13,7 +13,7 @@ import pytest
 import kvmd_qmp
 import kvmd_verdict
 from kvmd_qmp import Event, Greeting, Protocol, Status
-from kvmd_verdict import GuestState
+from kvmd_verdict import Guest
 
 RECORDINGS = sorted(Path(__file__).with_name("data").glob("*.qmp"))
 INTERESTING = {"SHUTDOWN", *kvmd_verdict.EFFECTS}
@@ -215,7 +215,7 @@ def test_answer_to_another_question_is_not_the_status() -> None:
         ('{"seconds": 1e3, "microseconds": 0}', None),
         ('{"seconds": "1", "microseconds": 0}', None),
         ('{"seconds": 1, "microseconds": 1000000}', None),
-        ('{"seconds": 1%s, "microseconds": 0}' % ("0" * 400), None),
+        ('{"seconds": 1%s, "microseconds": 0}' % ("0" * 19), None),
         ('{"seconds": 1}', None),
         ("{}", None),
         ("null", None),
@@ -250,9 +250,7 @@ def test_version_is_known_or_not(version: str, text: str) -> None:
 
 def restarted(protocol: Protocol) -> Protocol:
     """Return a protocol that goes on where another one stood."""
-    restored = Protocol()
-    restored.restore(json.loads(json.dumps(protocol.export())))
-    return restored
+    return Protocol.restore(json.loads(json.dumps(protocol.export())))
 
 
 def test_restart_at_any_byte_of_a_recording_loses_nothing(recording: bytes) -> None:
@@ -278,13 +276,13 @@ def test_restart_amid_a_line_that_is_too_long_goes_on_skipping_it(
 def count_parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Return a function that tells how many lines JSON was parsed for so far."""
     texts = []
-    loads = json.loads
+    parse_message = kvmd_qmp.parse_message
 
-    def note_and_load(text: str) -> object:
-        texts.append(text)
-        return loads(text)
+    def note_and_parse(line: bytes) -> object:
+        texts.append(line)
+        return parse_message(line)
 
-    monkeypatch.setattr(json, "loads", note_and_load)
+    monkeypatch.setattr(kvmd_qmp, "parse_message", note_and_parse)
     return lambda: len(texts)
 
 
@@ -462,7 +460,7 @@ def test_complaint_about_a_long_line_is_short() -> None:
 
 def assert_well_formed(messages: Iterable[Message]) -> None:
     """Check the types of all that was heard, and that a verdict can be made of it."""
-    guest = GuestState()
+    guest = Guest()
     for message in messages:
         if isinstance(message, Greeting):
             assert isinstance(message.version, str)
@@ -472,8 +470,8 @@ def assert_well_formed(messages: Iterable[Message]) -> None:
         else:
             assert isinstance(message, Event)
             assert isinstance(message.name, str)
-            assert isinstance(message.timestamp, (float, type(None)))
-            guest.on_event(message.name, message.data)
+            assert isinstance(message.time, (float, type(None)))
+            guest.on_event(message.name, message.data, message.time)
     guest.on_end()
 
 

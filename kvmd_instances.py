@@ -1,0 +1,331 @@
+"""The instances of the node: which monitors there are, and the watch that says so.
+
+Owns the set of monitors and the watch on the control directory; keeps both in line with
+what the directory's path means and what is in it. Decides which of an instance's two
+sockets is used. Knows nothing of events, verdicts and the process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from kvmd_inotify import DirectoryWatch, Fact
+from kvmd_loop import NEVER
+from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor, Phase
+from kvmd_shutdown_file import restore_judgement
+from kvmd_socket import LONGEST_SOCKET_PATH, listening_names, socket_status
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from kvmd_monitor import Surroundings
+
+#: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
+SUFFIXES = {
+    "auto": (".kvmd", ".qmp"),
+    ".kvmd": (".kvmd",),
+    ".qmp": (".qmp",),
+}
+#: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
+SETTLING_TIME = 1.0
+#: Seconds between looks at the directory while inotify can't be relied on.
+POLL_INTERVAL = 1.0
+#: Reads of an old connection before a new process takes its instance's name.
+LAST_READS = 64
+
+NO_INOTIFY = "inotify does not work"
+UNSETTLED = "the control directory's path can't be watched as a whole"
+UNREADABLE = "the control directory can't be read"
+
+
+class LoneSocket:
+    """A second-best socket of an instance that has no better one, for a while."""
+
+    __slots__ = ("due", "instance", "use")
+
+    def __init__(self, instance: str, use: Callable[[str], None]) -> None:
+        self.due: float | None = None
+        self.instance = instance
+        self.use = use
+
+    def on_timer(self) -> None:
+        """Take note that it has stood alone for long enough."""
+        self.use(self.instance)
+
+
+class Instances:
+    """The monitors of all instances, and the watch on their directory."""
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        suffixes: tuple[str, ...],
+        rescan_interval: float,
+    ) -> None:
+        """Begin with none; rescan_interval is in seconds, 0 for never."""
+        self.monitors: dict[str, Monitor] = {}
+        self.next_rescan = NEVER
+        self._surroundings = surroundings
+        self._directory = surroundings.control_dir
+        self._log = surroundings.log
+        self._suffixes = suffixes
+        self._rescan_interval = rescan_interval or NEVER
+        self._watch: DirectoryWatch | None = None
+        self._lone: dict[str, LoneSocket] = {}
+        #: Paths of which a warning has told, for what they are or lack.
+        self._told: set[str] = set()
+
+    @property
+    def is_waiting_for_directory(self) -> bool:
+        """Whether the control directory is watched for, and not there yet."""
+        return self._watch is not None and self._watch.target is None
+
+    def records(self) -> Iterable[dict[str, Any]]:
+        """Return the records of all instances."""
+        return (monitor.record() for monitor in self.monitors.values())
+
+    def perform(self, monitor: Monitor, step: Callable[[Monitor], object]) -> None:
+        """Have a monitor do one thing; what goes wrong costs its connection alone."""
+        try:
+            step(monitor)
+        except Exception as error:
+            self._log.exception(
+                "unexpected error; connecting anew", error, monitor.instance
+            )
+            monitor.abandon()
+        if monitor.phase is Phase.GONE and monitor.is_idle():
+            self._forget(monitor)
+
+    # The monitors.
+
+    def restore(self, record: dict[str, Any], connected: socket.socket | None) -> bool:
+        """Go on with a monitor of an earlier daemon; tell whether it is wanted.
+
+        Raises ValueError, TypeError, KeyError for what is no record.
+        """
+        if record["suffix"] not in self._suffixes:
+            return False  # started with other options: it is to be let go
+        monitor = Monitor.restore(record, connected, self._surroundings)
+        self.monitors[monitor.instance] = monitor
+        return True
+
+    def _start(self, instance: str, suffix: str) -> None:
+        """Monitor a socket that was not there before."""
+        monitor = Monitor(instance, suffix, self._surroundings)
+        old = self.monitors.pop(instance, None)
+        if old is not None:
+            self.perform(old, self._finish)
+            old.close()  # whatever went wrong
+            old.due = None
+            monitor.file.judgement = old.file.judgement
+            monitor.file.give_up()
+        elif instance in self._surroundings.journal.gone:
+            record = self._surroundings.journal.gone.pop(instance)
+            monitor.file.judgement = restore_judgement(record["last"])
+        self.monitors[instance] = monitor
+        self.perform(monitor, Monitor.connect)
+
+    def _finish(self, monitor: Monitor) -> None:
+        """Read what is left on a connection before another takes its place."""
+        for _ in range(LAST_READS):
+            if not monitor.receive() or monitor in self._surroundings.paused:
+                break
+
+    def _forget(self, monitor: Monitor) -> None:
+        monitor.due = None
+        if self.monitors.get(monitor.instance) is monitor:
+            del self.monitors[monitor.instance]
+            self._surroundings.journal.forget(monitor.record())
+            self._look_for(monitor.instance)
+
+    def _look_for(self, instance: str) -> None:
+        """Monitor the instance's best socket, unless that is monitored already."""
+        suffix = self._best_suffix(instance)
+        monitor = self.monitors.get(instance)
+        if suffix is None:
+            return
+        if monitor is not None and suffix == monitor.suffix:
+            if not monitor.is_of_socket():
+                self._start(instance, suffix)
+        elif suffix == self._suffixes[0]:
+            self._start(instance, suffix)
+        elif (monitor is None or monitor.is_idle()) and instance not in self._lone:
+            self._lone[instance] = LoneSocket(instance, self._use_lone_socket)
+            self._surroundings.loop.set_timer(self._lone[instance], SETTLING_TIME)
+
+    def _best_suffix(self, instance: str) -> str | None:
+        for suffix in self._suffixes:
+            path = f"{self._directory}/{instance}{suffix}"
+            if socket_status(path) is None:
+                continue
+            if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+                return suffix
+            self._tell_once(
+                path,
+                "ignored, for its path is longer than the"
+                f" {LONGEST_SOCKET_PATH} bytes that a socket's may have",
+            )
+        return None
+
+    def _use_lone_socket(self, instance: str) -> None:
+        """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
+        del self._lone[instance]
+        suffix = self._best_suffix(instance)
+        monitor = self.monitors.get(instance)
+        if suffix in (None, self._suffixes[0]) or (monitor and not monitor.is_idle()):
+            return
+        better = instance + self._suffixes[0]
+        path = f"{self._directory}/{instance}{suffix}"
+        if better in listening_names(self._directory):
+            self._tell_once(
+                path,
+                f"left to Ganeti, though somebody has removed {better}, on which QEMU"
+                " still listens; the instance is not monitored until it gets a new"
+                f" QEMU: gnt-instance reboot {instance}",
+            )
+            return
+        self._tell_once(
+            path,
+            f"used, since there is no {better}: Ganeti can't use it meanwhile (every"
+            " Ganeti since 2.11.1 makes both; to have both: gnt-instance reboot"
+            f" {instance})",
+        )
+        self._start(instance, str(suffix))
+
+    def _tell_once(self, path: str, text: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            self._log.warning(f"{path}: {text}")
+
+    def _instance_of(self, name: str) -> str | None:
+        """Return the instance that a file name in the directory tells of."""
+        for suffix in self._suffixes:
+            if name.endswith(suffix) and name != suffix:
+                return name[: -len(suffix)]
+        return None
+
+    # The directory.
+
+    def rescan(self) -> None:
+        """Follow what the path means now, and reconcile the monitors with it."""
+        try:
+            if self._watch is None:
+                self._watch = DirectoryWatch(self._directory)
+                self._surroundings.loop.register(self._watch, self)
+            facts = self._watch.follow()
+        except OSError as error:
+            self._lose_watch(error)
+        else:
+            self._log.end_trouble(NO_INOTIFY)
+            self._report(facts)
+        self._reconcile()
+        self._plan_rescan()
+        phases = [monitor.phase for monitor in self.monitors.values()]
+        if Phase.WAITING not in phases:
+            self._log.end_trouble(OUT_OF_DESCRIPTORS[0])
+
+    def _plan_rescan(self) -> None:
+        interval = POLL_INTERVAL
+        if self._watch is not None and self._watch.settled:
+            interval = self._rescan_interval
+            self._log.end_trouble(UNSETTLED)
+        elif self._watch is not None:
+            self._log.begin_trouble(
+                UNSETTLED,
+                f"looking at {self._directory} every second instead (a part of its path"
+                " may not be read, or is renamed all the time)",
+            )
+        self.next_rescan = time.monotonic() + interval
+
+    def _lose_watch(self, error: OSError) -> None:
+        """Go on without inotify until it works again."""
+        if self._watch is not None:
+            self._surroundings.loop.unregister(self._watch)
+            self._watch.close()
+            self._watch = None
+        self.next_rescan = time.monotonic() + POLL_INTERVAL
+        self._log.begin_trouble(
+            NO_INOTIFY,
+            f"{error.filename}: {error.strerror}; looking at {self._directory} every"
+            " second instead (raise the sysctls fs.inotify.max_user_instances and"
+            " fs.inotify.max_user_watches)",
+        )
+
+    def receive(self) -> None:
+        """Take what the kernel tells of the directory."""
+        if self._watch is None:
+            return
+        try:
+            facts = self._watch.read()
+        except OSError as error:
+            self._lose_watch(error)
+            return
+        for fact, name in facts:
+            instance = self._instance_of(name)
+            if instance is None:
+                continue
+            if fact is Fact.REMOVED:
+                self._drop_name(instance, name)
+            else:
+                self._look_for(instance)
+        if self._report(facts):
+            self._reconcile()
+            self._plan_rescan()
+        elif not self._watch.settled:
+            soon = time.monotonic() + POLL_INTERVAL
+            self.next_rescan = min(self.next_rescan, soon)
+
+    def _drop_name(self, instance: str, name: str) -> None:
+        monitor = self.monitors.get(instance)
+        if monitor is not None and name == instance + monitor.suffix:
+            # The event may be an old one: then `_forget` finds what stands there now.
+            self.perform(monitor, Monitor.on_removed)
+
+    def _report(self, facts: list[tuple[Fact, str]]) -> bool:
+        """Log what happened to the directory; tell whether to look at all of it."""
+        look = False
+        for fact, name in facts:
+            self._log.debug(f"watch: {fact.value} {name}")
+            look |= not name
+            if fact is Fact.APPEARED:
+                self._log.info(f"watching {self._directory}")
+            elif fact is Fact.VANISHED:
+                self._log.info(f"{self._directory} is gone; waiting for it")
+            elif fact is Fact.LOST:
+                self._log.warning(
+                    "the kernel's queue of file events ran over; looking at all of"
+                    f" {self._directory}"
+                )
+        return look
+
+    def _reconcile(self) -> None:
+        """Bring the monitors in line with what is in the directory."""
+        try:
+            instances = self._list_instances()
+        except OSError as error:
+            self._log.begin_trouble(
+                UNREADABLE,
+                f"{error.filename}: {error.strerror}; new instances are not found until"
+                " it can",
+            )
+            return
+        self._log.end_trouble(UNREADABLE)
+        for monitor in list(self.monitors.values()):
+            if monitor.phase is Phase.DEAD:
+                self.perform(monitor, Monitor.connect)
+            elif monitor.instance not in instances and monitor.is_idle():
+                self._forget(monitor)
+        for instance in instances:
+            self._look_for(instance)
+
+    def _list_instances(self) -> set[str]:
+        """Return the instances that the directory's names tell of. Raises OSError."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return set()
+        return set(filter(None, map(self._instance_of, names)))

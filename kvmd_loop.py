@@ -1,0 +1,135 @@
+"""The loop's parts: the selector, the timers, and the limit on what one turn waits.
+
+Owns what is waited for. Who is woken is a handler; what it does then, and in which
+order, is the daemon's affair. All times are time.monotonic()'s seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import selectors
+import signal
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any, Protocol
+
+    class Readable(Protocol):
+        """What the selector can wait for."""
+
+        def fileno(self) -> int:
+            """Return a file descriptor."""
+
+    class Timed(Protocol):
+        """What has a timer."""
+
+        due: float | None
+
+
+NEVER = float("inf")
+#: Seconds of one wait in the selector: epoll_wait(2) takes milliseconds in an int.
+LONGEST_WAIT = 86400.0
+#: Waits shorter than this, in seconds, are slept: the selector rounds up to 1 ms.
+SHORTEST_SELECT = 0.0005
+#: Seconds after which the kernel is not to keep a turn waiting any more.
+STALL_LIMIT = 0.02
+
+
+class Loop:
+    """Descriptors and timers, and who is to be woken by them."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Timed]] = []
+        self._sequence = itertools.count()
+
+    @property
+    def registered(self) -> int:
+        """The number of descriptors that are waited for."""
+        return len(self._selector.get_map())
+
+    def register(self, file: Readable, handler: object) -> None:
+        """Have a handler returned by `wait` whenever there is something to read."""
+        self._selector.register(file, selectors.EVENT_READ, handler)
+
+    def unregister(self, file: Readable) -> None:
+        """Wait for a file no more; epoll(7) may have had no room for it."""
+        if file in self._selector.get_map():
+            self._selector.unregister(file)
+
+    def set_timer(self, owner: Timed, seconds: float) -> None:
+        """Have the owner returned by `expired` in so many seconds, and not before."""
+        owner.due = time.monotonic() + seconds
+        heapq.heappush(self._timers, (owner.due, next(self._sequence), owner))
+
+    def next_timer(self) -> float:
+        """Return when the next timer is due."""
+        while self._timers and self._timers[0][2].due != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else NEVER
+
+    def expired(self) -> Iterator[Any]:
+        """Take out the owners whose time has come."""
+        now = time.monotonic()
+        while self.next_timer() <= now:
+            owner = heapq.heappop(self._timers)[2]
+            owner.due = None
+            yield owner
+
+    def wait(self, deadline: float) -> list[Any]:
+        """Wait for something to read, until then at most; return the handlers."""
+        seconds = min(deadline - time.monotonic(), LONGEST_WAIT)
+        if 0 < seconds < SHORTEST_SELECT:
+            time.sleep(seconds)
+            seconds = 0
+        return [key.data for key, _ in self._selector.select(max(0, seconds))]
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self._selector.close()
+
+
+class Signals:
+    """The signals that the process takes, read from a pipe.
+
+    The handlers do nothing but write to it (signal.set_wakeup_fd).
+    """
+
+    def __init__(self, numbers: list[signal.Signals]) -> None:
+        """Take these signals; those that were blocked come in from now on."""
+        self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def fileno(self) -> int:
+        """Return the end of the pipe that is read."""
+        return self._reader
+
+    def read(self) -> set[signal.Signals]:
+        """Return the signals that have come, each once."""
+        try:
+            return {signal.Signals(number) for number in os.read(self._reader, 4096)}
+        except BlockingIOError:
+            return set()
+
+
+@contextlib.contextmanager
+def limited_stalls() -> Iterator[None]:
+    """Have SIGALRM end each wait in the kernel that takes longer than STALL_LIMIT.
+
+    A peer can have it wait: it sends a descriptor, which is closed as it is read, of a
+    TCP connection whose close waits for as long as the peer likes (SO_LINGER of
+    socket(7)).
+    """
+    signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, STALL_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
