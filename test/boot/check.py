@@ -300,16 +300,16 @@ def frozen_it_is_replaced_and_has_lost_nothing() -> None:
 
 
 def upgrading_loses_nothing() -> None:
-    package = variant(NEWER, is_patient)
+    package = variant(NEWER, restarts_later)
     with same_process():
         play(command("dpkg", "--install", str(package)))
     expect("version runs", f" INFO started kvmd {NEWER} " in log(), True)
-    expect("watchdog of the new drop-in", show("WatchdogUSec"), "40s")
+    expect("RestartSec of the new drop-in", show("RestartUSec"), "300ms")
 
 
-def is_patient(tree: Path) -> None:
-    """Have systemd wait longer for a sign of life."""
-    substitute("(?m)^WatchdogSec=.*", "WatchdogSec=40", tree / DROP_IN)
+def restarts_later(tree: Path) -> None:
+    """Have systemd wait longer after a crash."""
+    substitute("(?m)^RestartSec=.*", "RestartSec=300ms", tree / DROP_IN)
 
 
 def restarting_systemd_loses_nothing() -> None:
