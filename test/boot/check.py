@@ -127,9 +127,9 @@ def guests_of_all_kinds() -> Iterator[Guests]:
 
 
 @contextlib.contextmanager
-def three_guests() -> Iterator[list[Guest]]:
-    """Make guests that run and are watched, and leave none."""
-    guests = [Guest("one") for _ in range(3)]
+def guests_that_run(number: int) -> Iterator[list[Guest]]:
+    """Make guests that the daemon is connected to, and leave none."""
+    guests = [Guest("one") for _ in range(number)]
     try:
         for guest in guests:
             guest.start()
@@ -225,20 +225,23 @@ def started_it_takes_up_what_runs() -> None:
 
 
 def stopped_and_started_it_remembers_what_was_before() -> None:
-    with three_guests() as (pressed, left, off):
+    with guests_that_run(4) as guests:
+        pressed, left, off, lost = guests
         pressed.press_power_button()
         pressed.wait_until_read()
         off.power_off()
-        wait_until_watched(2)
+        wait_until_watched(3)
         systemctl("stop")
+        lost.be_lost()
         systemctl("start")
         for guest in (pressed, left):
             guest.wait_until_client_leaves()
             guest.connect()
             guest.power_off()
         wait_until_watched(0)
-        for guest in (pressed, left, off):
+        for guest in guests:
             guest.judge_file()
+        for guest in (pressed, left, off):
             guest.judge_log()
 
 

@@ -77,7 +77,7 @@ class Guest(FakeQemu):
         self._end_as("not-user")
 
     def be_lost(self) -> None:
-        """Power off where no daemon sees it: nobody can tell whose doing it was."""
+        """End where nobody sees it, or can tell afterwards whose doing it was."""
         self.exit()
         self.is_running = False
 
