@@ -18,7 +18,6 @@ from fake_qemu import FakeQemu, event_line
 from status import status_table, wait_for_status
 from variant import program_with
 
-import kvmd_monitor
 
 SOCKET = f"{INSTANCE}.kvmd"
 
@@ -182,44 +181,6 @@ def test_dead_sockets_of_crashed_guests_leave_room_for_their_next_start(
     fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
     assert " verdict=user " in daemon.wait_for_verdict(INSTANCE, times=2)
     assert " WARNING " not in daemon.log
-
-
-def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_qemu.listen()
-    fake_qemu.crash()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    monitor.connect()
-    later = time.monotonic() + kvmd_monitor.PATIENCE
-    long_after = later + kvmd_monitor.PATIENCE
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    monitor.connect()
-    assert monitor.phase is kvmd_monitor.Phase.DEAD
-    fake_qemu.bind()
-    monkeypatch.setattr(time, "monotonic", lambda: long_after)
-    monitor.connect()  # as a rescan does
-    assert monitor.phase is kvmd_monitor.Phase.CONNECTING
-    assert reactor.next_timer() == long_after + kvmd_monitor.LISTEN_DELAY
-
-
-@pytest.mark.parametrize("way", ["abandoned", "restored"])
-def test_a_guest_is_not_alive_in_a_connection_for_having_been_in_an_earlier_one(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu, way: str
-) -> None:
-    record = monitor.export()
-    monitor.abandon()
-    fake_qemu.disconnect()
-    if way == "restored":
-        monitor = kvmd_monitor.Monitor.restore(record, None, reactor)
-    fake_qemu.shutdown_file.touch()
-    monitor.connect()
-    fake_qemu.accept()
-    fake_qemu.disconnect()
-    while monitor.receive():
-        pass
-    assert fake_qemu.shutdown_file.exists(), "no verdict without a greeting"
 
 
 def test_a_thousand_dead_sockets_delay_no_live_one(
