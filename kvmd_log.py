@@ -170,9 +170,10 @@ class Log:
     ) -> None:
         """Log a failure with the exception's traceback."""
         self.error(message, instance)
-        for line in traceback_of(error):
-            for part in line.splitlines():
-                self.error(part, instance)
+        with contextlib.suppress(Exception):  # the first one is what matters
+            for line in traceback_of(error):
+                for part in line.splitlines():
+                    self.error(part, instance)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
         """Warn of a degraded state, once until it is over."""

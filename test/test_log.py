@@ -263,6 +263,21 @@ def test_an_exception_is_told_with_the_innermost_calls(
     assert lines[-len(last) :] == last
 
 
+def test_an_exception_whose_traceback_cannot_be_made_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    log = log_of_lines(lines)
+
+    def fail(_error: BaseException) -> list[str]:
+        raise MemoryError
+
+    monkeypatch.setattr(kvmd_log, "traceback_of", fail)
+    log.exception("unexpected", ValueError())
+    log.flush()
+    assert lines == ["ERROR unexpected"]
+
+
 def test_a_sink_that_fails_stops_nothing() -> None:
     lines: list[str] = []
     log = log_of_lines(lines)
