@@ -200,6 +200,15 @@ def test_text_that_looks_like_an_event_is_none(
     assert receive(negotiated, [line.encode()]) == []
 
 
+def test_client_negotiates_and_asks_for_the_status() -> None:
+    lines = kvmd_qmp.COMMANDS.split(b"\r\n")
+    assert lines.pop() == b""
+    assert [json.loads(line) for line in lines] == [
+        {"execute": "qmp_capabilities"},
+        {"execute": "query-status", "id": "kvmd-status"},
+    ]
+
+
 @pytest.mark.parametrize("name", sorted(INTERESTING))
 def test_every_event_that_matters_is_returned(negotiated: Protocol, name: str) -> None:
     line = UNINTERESTING.replace(b"BLOCK_IO_ERROR", name.encode())
