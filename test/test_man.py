@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from daemon import ROOT, Daemon
+from manual import PAGE, need, rendered_page, run, section
 from messages import Message, messages_and_findings, syntax_trees
 
 import kvmd_journal
@@ -22,11 +21,7 @@ import kvmd_status
 import kvmd_verdict
 import kvmd_version
 
-PAGE = ROOT / "man" / "ganeti-kvmd.8"
 PROGRAM = ROOT / "kvmd.py"
-
-# Columns in which every log message stands on one line; mandoc takes no 1001.
-WIDTH = 999
 
 # The causes that are no reason of QEMU's, and the data of the SHUTDOWN behind them.
 DATA_WITHOUT_REASON: dict[str, object] = {
@@ -49,22 +44,6 @@ GANETI_PATHS = re.compile(r"/(var/(run|log|lib)|etc/default|usr/s?(bin|lib))/gan
 SHELL = "/bin/sh"
 
 
-def need(tool: str) -> None:
-    """Skip the test where the tool is missing, but not where it has to be there."""
-    if shutil.which(tool) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{tool} is not installed")
-        pytest.skip(f"{tool} is not installed")
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, with wide output and nothing of Ganeti's set."""
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "COLUMNS": "999"}
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", env=environment, check=False
-    )
-
-
 def run_program(*options: str) -> subprocess.CompletedProcess[str]:
     """Run the program to its end."""
     return run(sys.executable, str(PROGRAM), *options)
@@ -72,10 +51,8 @@ def run_program(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """Return the page as it is read, in very long lines."""
-    need("mandoc")
-    text = run("mandoc", "-T", "ascii", "-O", f"width={WIDTH}", str(PAGE)).stdout
-    return re.sub(".\b", "", text)  # bold is typed twice, underlined under a bar
+    """Return the page as it is read."""
+    return rendered_page()
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +64,6 @@ def strings() -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-
-
-def section(page: str, heading: str) -> str:
-    """Return the text of a section, or of a subsection."""
-    found = re.search(rf"^ *{re.escape(heading)}\n(.*?)^ {{0,3}}\S", page, re.M | re.S)
-    assert found, heading
-    return found[1]
 
 
 def tags(text: str, pattern: str) -> set[str]:
