@@ -395,6 +395,11 @@ def test_json_is_parsed_for_an_interesting_event_but_not_for_its_neighbours(
     assert count_parsed() == 1
 
 
+def test_little_is_read_at_a_time_at_first(negotiated: Protocol) -> None:
+    for protocol in (Protocol(), restarted(negotiated)):
+        assert protocol.read_size == kvmd_qmp.CAREFUL_READ_SIZE
+
+
 def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
     negotiated: Protocol,
 ) -> None:
