@@ -103,7 +103,6 @@ def test_a_monitor_that_is_closed_waits_for_nothing(
     monitor = Monitor(INSTANCE, ".kvmd", surroundings)
     monitor.connect()
     monitor.close()
-    monitor.phase = Phase.ENDED
     later = time.monotonic() + PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not list(surroundings.overdue())
