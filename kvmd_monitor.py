@@ -249,9 +249,15 @@ class Monitor:
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
-    def _adopt(self, connected: socket.socket, protocol: Protocol) -> None:
+    def _adopt(
+        self,
+        connected: socket.socket,
+        protocol: Protocol,
+        peeked: list[int] | None = None,
+    ) -> None:
         store = self._surroundings.store
         self.connection = Connection(connected, protocol, store.is_enabled)
+        self.connection.take_peeked(peeked)
         store.store(connected)
         self._surroundings.loop.register(self.connection, self)
 
@@ -516,9 +522,7 @@ class Monitor:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
-            monitor._adopt(connected, protocol)
-            assert monitor.connection is not None
-            monitor.connection.take_peeked(record["peeked"])
+            monitor._adopt(connected, protocol, record["peeked"])
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
         elif phase is Phase.ENDED:

@@ -434,6 +434,18 @@ def test_a_restored_monitor_has_the_same_record(
     successor.close()
 
 
+def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
+    surroundings: Surroundings, monitor: Monitor
+) -> None:
+    record = {**monitor.record(), "peeked": ["?"]}
+    assert monitor.connection is not None
+    connected = monitor.connection.socket.dup()
+    monitor.close()
+    with connected, pytest.raises(ValueError):
+        Monitor.restore(record, connected, surroundings)
+    assert surroundings.loop.registered == 0
+
+
 def test_a_socket_without_a_connection_so_far_is_worth_no_record(
     surroundings: Surroundings, fake_qemu: FakeQemu
 ) -> None:
