@@ -276,13 +276,17 @@ class Monitor:
 
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
+            if self.phase is not Phase.WAITING:
+                self._enter(Phase.WAITING)
+            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
+            return
+        if self.phase is Phase.WAITING:
+            self._enter(Phase.CONNECTING)
         patient = time.monotonic() - self.since < PATIENCE
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
-        elif error.errno in {errno.EMFILE, errno.ENFILE}:
-            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
-            self._enter(Phase.WAITING)
-            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
         elif error.errno == errno.EAGAIN:
             # The backlog is full: somebody does listen.
             if self.phase is Phase.DEAD:
@@ -311,8 +315,6 @@ class Monitor:
     def on_timer(self) -> None:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
-            if self.phase is Phase.WAITING:
-                self._enter(Phase.CONNECTING)
             self.connect()
         elif self.connection is not None and self in self._surroundings.paused:
             self._surroundings.paused.remove(self)
