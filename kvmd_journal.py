@@ -254,6 +254,8 @@ def parse_records(
             instance = record["instance"]
             if not isinstance(instance, str):
                 raise ValueError("an instance without a name")
+            if not isinstance(record.get("connection"), (int, type(None))):
+                raise ValueError("a connection that is no number")
         except (ValueError, KeyError) as error:
             problem = f"{error}: {line[:80]!r}"
             continue

@@ -249,9 +249,15 @@ class Monitor:
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
-    def _adopt(self, connected: socket.socket, protocol: Protocol) -> None:
+    def _adopt(
+        self,
+        connected: socket.socket,
+        protocol: Protocol,
+        peeked: list[int] | None = None,
+    ) -> None:
         store = self._surroundings.store
         self.connection = Connection(connected, protocol, store.is_enabled)
+        self.connection.take_peeked(peeked)
         store.store(connected)
         self._surroundings.loop.register(self.connection, self)
 
@@ -270,13 +276,17 @@ class Monitor:
 
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
+            if self.phase is not Phase.WAITING:
+                self._enter(Phase.WAITING)
+            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
+            return
+        if self.phase is Phase.WAITING:
+            self._enter(Phase.CONNECTING)
         patient = time.monotonic() - self.since < PATIENCE
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
-        elif error.errno in {errno.EMFILE, errno.ENFILE}:
-            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
-            self._enter(Phase.WAITING)
-            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
         elif error.errno == errno.EAGAIN:
             # The backlog is full: somebody does listen.
             if self.phase is Phase.DEAD:
@@ -305,8 +315,6 @@ class Monitor:
     def on_timer(self) -> None:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
-            if self.phase is Phase.WAITING:
-                self._enter(Phase.CONNECTING)
             self.connect()
         elif self.connection is not None and self in self._surroundings.paused:
             self._surroundings.paused.remove(self)
@@ -516,9 +524,7 @@ class Monitor:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
-            monitor._adopt(connected, protocol)
-            assert monitor.connection is not None
-            monitor.connection.take_peeked(record["peeked"])
+            monitor._adopt(connected, protocol, record["peeked"])
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
         elif phase is Phase.ENDED:

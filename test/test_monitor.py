@@ -61,6 +61,29 @@ def connect_to(
 # ---- Connecting ----------------------------------------------------------------------
 
 
+def test_to_wait_for_a_descriptor_costs_one_record_however_long_it_takes(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(code: int) -> None:
+        def connect(_path: str) -> socket.socket:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(surroundings, "connect", connect)
+        monitor.on_timer()
+
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    refuse(errno.EMFILE)
+    size = os.path.getsize(surroundings.journal.path)
+    later = time.monotonic() + 2 * PATIENCE
+    refuse(errno.EMFILE)
+    assert monitor.phase is Phase.WAITING
+    assert os.path.getsize(surroundings.journal.path) == size
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    refuse(errno.ECONNREFUSED)
+    assert monitor.phase.value == "connecting"
+
+
 def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
     surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +455,18 @@ def test_a_restored_monitor_has_the_same_record(
     successor = Monitor.restore(record, connected, surroundings)
     assert json.loads(json.dumps(successor.record())) == record
     successor.close()
+
+
+def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
+    surroundings: Surroundings, monitor: Monitor
+) -> None:
+    record = {**monitor.record(), "peeked": ["?"]}
+    assert monitor.connection is not None
+    connected = monitor.connection.socket.dup()
+    monitor.close()
+    with connected, pytest.raises(ValueError):
+        Monitor.restore(record, connected, surroundings)
+    assert surroundings.loop.registered == 0
 
 
 def test_a_socket_without_a_connection_so_far_is_worth_no_record(
