@@ -35,9 +35,10 @@ from kvmd_process import (
     resist_oom_killer,
     sanitize_process,
 )
-from kvmd_settings import Level, judge_cluster, names_of_node
 from kvmd_restart import Restart
+from kvmd_settings import Level, host_name, judge_cluster
 from kvmd_socket import open_sockets
+from kvmd_status import status
 from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 def is_wanted(options: Options, log: Log) -> bool:
     """Ask the cluster's settings; log the one that speaks against running."""
-    for finding in judge_cluster(options.ssconf_dir, names_of_node()):
+    for finding in judge_cluster(options.ssconf_dir, host_name()):
         if finding.level is Level.WARN:
             log.warning(finding.text)
         elif finding.level is Level.FAIL:
@@ -91,7 +92,7 @@ def read_earlier_journal(options: Options, log: Log) -> Contents:
 def adopt_connections(
     earlier: Contents, sockets: dict[int, int]
 ) -> dict[int, socket.socket]:
-    """Return those inherited sockets that are connections of the daemon's; close others.
+    """Return the inherited sockets that are the daemon's connections; close others.
 
     All are given, and returned, by inode number.
     """
@@ -173,6 +174,8 @@ def main() -> int:
         return 0
     if options.check:
         return check(options)
+    if options.status:
+        return status(options)
     command = options.command()  # its path may be relative to where we are now
     inherited = find_inherited_pid_file(options.pid_file)
     sockets = open_sockets()
@@ -197,9 +200,8 @@ def run(
     sockets: dict[int, int],
 ) -> int:
     """Run the daemon if it is wanted and may run; return the exit status."""
-    if not options.no_cluster_checks and not is_wanted(options, log):
-        if inherited is not None:
-            PidFile(options.pid_file, inherited).remove()
+    is_asked = not options.no_cluster_checks and inherited is None
+    if is_asked and not is_wanted(options, log):
         # Without it, systemd takes the end for a failure, and starts the daemon again.
         Notifier(os.environ).send("READY=1")
         return 0

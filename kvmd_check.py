@@ -12,8 +12,8 @@ from kvmd_process import lock_holder
 from kvmd_settings import (
     Finding,
     Level,
+    host_name,
     judge_cluster,
-    names_of_node,
     read_ssconf,
     reason_of,
 )
@@ -166,7 +166,7 @@ def check_instances(
         yield from check_instance(path, names, suffixes, clients, daemon)
 
 
-def list_directory(control_dir: str) -> tuple[Finding, set[str]]:
+def check_directory(control_dir: str) -> tuple[Finding, set[str]]:
     """Judge the control directory; return the names in it as well. Raises OSError."""
     try:
         names = set(os.listdir(control_dir))
@@ -263,12 +263,12 @@ def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
 def check_node(options: Options) -> Iterator[Finding]:
     """Judge all that detection on this node hangs on."""
     if not options.no_cluster_checks:
-        yield from judge_cluster(options.ssconf_dir, names_of_node())
+        yield from judge_cluster(options.ssconf_dir, host_name())
         yield check_user_shutdown_parameter(options.ssconf_dir)
     daemon = lock_holder(options.pid_file)
     yield check_daemon(options.pid_file, daemon)
     yield check_inotify(options.control_dir)
-    finding, names = list_directory(options.control_dir)
+    finding, names = check_directory(options.control_dir)
     yield finding
     suffixes = SUFFIXES[options.socket_suffix]
     if daemon is not None and is_ganetis(daemon):

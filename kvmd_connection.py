@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: credit. A read that has to be parsed is a piece, and one more for each PIECE_SIZE
 #: bytes; so is a short part of a line, and a record that has to be written, and one more
 #: for each SAVED_PIECE_SIZE bytes in it. QEMU says less of interest in a guest's life.
-PIECE_PRICE = 0.2
+PIECE_PRICE = 0.25
 CREDIT = 128 * PIECE_PRICE
 PIECE_SIZE = 256
 SAVED_PIECE_SIZE = 4096

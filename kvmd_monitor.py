@@ -396,6 +396,7 @@ class Monitor:
         if connection.export_kept() != kept:
             self._is_saved = False
         if protocol.complaint != complaint:
+            self._is_saved = False
             log.warning(
                 f"skipping what QEMU should not say ({protocol.complaint})",
                 self.instance,

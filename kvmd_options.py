@@ -23,19 +23,22 @@ class Options:
         self.control_dir = f"{root}/var/run/ganeti/kvm-hypervisor/ctrl"
         self.pid_file = f"{root}/var/run/ganeti/ganeti-kvmd.pid"
         self.log_file = f"{root}/var/log/ganeti/kvm-daemon.log"
-        self.state_file = f"{root}/var/run/ganeti/ganeti-kvmd.state"
+        self.state_file = beside(self.pid_file)
         self.ssconf_dir = f"{root}/var/lib/ganeti"
         self.socket_suffix = "auto"
         self.rescan_interval = 15.0
         self.check = False
+        self.status = ""
         self.version = False
 
     def command(self) -> list[str]:
         """Return what starts the program anew with these options, from anywhere."""
+        defaults = vars(Options())
+        defaults["state_file"] = beside(self.pid_file)
         return own_command() + [
             f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
             for name, value in vars(self).items()
-            if value != getattr(Options(), name)
+            if value != defaults[name]
         ]
 
 
@@ -63,6 +66,14 @@ def parse_arguments(arguments: list[str]) -> Options:
         (["--check"], "say what prevents detection on this node, then exit"),
     ]:
         add(*flags, action="store_true", help=meaning)
+    add(
+        "--status",
+        nargs="?",
+        const="text",
+        choices=["text", "json"],
+        help="say how each instance stands, for people (default) or for programs, then"
+        " exit",
+    )
     add(
         "--syslog",
         choices=["no", "yes", "only"],
@@ -98,10 +109,15 @@ def parse_arguments(arguments: list[str]) -> Options:
     # Not argparse's own action, which asks no more what other options there are: a
     # restart in place tries the new program with the options that it will get.
     add("-V", "--version", action="store_true", help="print the version, then exit")
+    options.state_file = ""  # unless it is given, it goes with the pid file
     parser.parse_args(arguments, namespace=options)
-    if options.state_file == Options().state_file:
-        options.state_file = os.path.splitext(options.pid_file)[0] + ".state"
+    options.state_file = options.state_file or beside(options.pid_file)
     return options
+
+
+def beside(pid_file: str) -> str:
+    """Return the path of the journal that the pid file's lock guards."""
+    return (pid_file[:-4] if pid_file.endswith(".pid") else pid_file) + ".state"
 
 
 def own_command() -> list[str]:

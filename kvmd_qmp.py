@@ -75,10 +75,12 @@ def parse_message(line: bytes) -> Greeting | Status | Event | None:
 
     Raises ValueError, or RecursionError for deep nesting, if it is no QMP message.
     """
+    if len(line) > LINE_LIMIT:
+        raise ValueError(OVERLONG)
     # Given bytes, json would guess the encoding, and take NULs for UTF-16.
     message = DECODER.decode(line.decode("utf-8"))
     if not isinstance(message, dict):
-        raise ValueError("not an object")
+        message = {}
     if isinstance(message.get("event"), str):
         time = event_time(message.get("timestamp"))
         return Event(message["event"], message.get("data"), time)
@@ -231,23 +233,27 @@ class Protocol:
             self._unfinished += data
 
     def _read_line(self, line: bytes) -> Greeting | Status | Event | None:
+        """Return what a line says; complain of it if it says nothing."""
         if not line.strip():
             return None
         try:
-            if len(line) > LINE_LIMIT:
-                raise ValueError(OVERLONG)
             message = parse_message(line)
-            # Nothing can be told before the greeting: there was no negotiation yet.
-            if isinstance(message, Greeting) is self._greeted:
-                raise ValueError(
-                    "a second greeting" if self._greeted else "before the greeting"
-                )
+            self._advance(message)
         except (ValueError, RecursionError) as error:
             self._complain(f"{error}: {line[:80]!r}")
             return None
-        self._greeted |= isinstance(message, Greeting)
-        self._answered |= isinstance(message, Status)
         return message
 
+    def _advance(self, message: Greeting | Status | Event | None) -> None:
+        """Note how far the connection is. Raises ValueError for what is out of turn."""
+        if isinstance(message, Greeting) is self._greeted:
+            # There is one negotiation, and before it nothing can be told.
+            raise ValueError(
+                "a second greeting" if self._greeted else "before the greeting"
+            )
+        self._greeted = True
+        self._answered |= isinstance(message, Status)
+
     def _complain(self, complaint: str) -> None:
+        """Keep the first complaint of the connection."""
         self.complaint = self.complaint or complaint

@@ -5,11 +5,16 @@ from __future__ import annotations
 import collections
 import enum
 import os
-import socket
+
+from kvmd_file import open_regular_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
+
+#: Bytes that a setting may have: some thousand nodes.
+LONGEST_SETTING = 1 << 20
+
 
 class Level(enum.Enum):
     """What a finding means for the detection of shutdowns on this node."""
@@ -52,42 +57,42 @@ def judge_user_shutdown(text: str) -> Finding:
     return Finding(Level.BROKEN, f"neither True nor False: {text[:80]!r}")
 
 
-def judge_vm_capable(text: str, node_names: Iterable[str]) -> Finding:
+def judge_vm_capable(text: str, host: str) -> Finding:
     """Judge ssconf_node_vm_capable: a line `node=True` or `node=False` per node.
 
-    Of the node's names no more are asked for than until one is listed.
+    The host is this node if its name is listed, or the first label of one name that is.
     """
     capable = {}
     for line in text.splitlines():
         node, _, value = line.strip().partition("=")
         if value not in {"True", "False"}:
             return Finding(Level.BROKEN, f"no line like node=True: {line[:80]!r}")
-        capable[node] = value == "True"
-    strangers = []
-    for node in node_names:
-        if node in strangers:
-            continue
-        if node not in capable:
-            strangers.append(node)
-        elif capable[node]:
-            return Finding(Level.OK, f"node {node} is vm_capable (True)")
-        else:
-            return Finding(
-                Level.FAIL,
-                f"node {node} is not vm_capable (False); to make it so:"
-                f" gnt-node modify --vm-capable=yes {node}",
-            )
+        capable[node.lower()] = value == "True"
+    namesakes = [node for node in capable if node.partition(".")[0] == host]
+    node = host if host in capable or len(namesakes) != 1 else namesakes[0]
+    if node not in capable:
+        problem = f"may be any of {', '.join(namesakes)}" if namesakes else "is not listed"
+        return Finding(
+            Level.WARN,
+            f"node {host} {problem}; taking it for vm_capable (compare with: gnt-node"
+            " list)",
+        )
+    if capable[node]:
+        return Finding(Level.OK, f"node {node} is vm_capable (True)")
     return Finding(
-        Level.WARN,
-        f"node {' or '.join(strangers)} is not listed; taking it for vm_capable"
-        " (compare with: gnt-node list)",
+        Level.FAIL,
+        f"node {node} is not vm_capable (False); to make it so:"
+        f" gnt-node modify --vm-capable=yes {node}",
     )
 
 
 def read_ssconf(path: str) -> str:
     """Return the text of one of Ganeti's ssconf files. Raises OSError, ValueError."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    fd = open_regular_file(path, os.O_RDONLY)
+    try:
+        return os.read(fd, LONGEST_SETTING).decode()
+    finally:
+        os.close(fd)
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -95,12 +100,12 @@ def reason_of(error: OSError | ValueError) -> str:
     return error.strerror or "" if isinstance(error, OSError) else str(error)
 
 
-def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Finding]:
+def judge_cluster(ssconf_dir: str, host: str) -> Iterator[Finding]:
     """Judge the cluster's settings, in the order in which the daemon asks for them."""
     judges: dict[str, Callable[[str], Finding]] = {
         "ssconf_hypervisor_list": judge_hypervisors,
         "ssconf_enabled_user_shutdown": judge_user_shutdown,
-        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, node_names),
+        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, host),
     }
     for name, judge in judges.items():
         path = os.path.join(ssconf_dir, name)
@@ -120,13 +125,9 @@ def judge_cluster(ssconf_dir: str, node_names: Iterable[str]) -> Iterator[Findin
         yield Finding(finding.level, f"{path}: {finding.text}")
 
 
-def names_of_node() -> Iterator[str]:
-    """Yield the names that Ganeti may know this node by.
+def host_name() -> str:
+    """Return the name of this host, as Ganeti writes it, and as nobody need be asked.
 
-    The fully qualified one comes last, for finding it may take the resolver's time.
+    No name server: one that does not answer would keep the daemon deaf for seconds.
     """
-    if "GANETI_HOSTNAME" in os.environ:
-        yield os.environ["GANETI_HOSTNAME"]
-        return
-    yield socket.gethostname()
-    yield socket.getfqdn()
+    return os.environ.get("GANETI_HOSTNAME", os.uname().nodename).lower()

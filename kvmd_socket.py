@@ -65,54 +65,14 @@ SS_CONNECTED = 3
 BoundSocket = collections.namedtuple("BoundSocket", "listens is_connected inode")
 
 
-class SocketFile(collections.namedtuple("SocketFile", "device inode birth changed")):
-    """A socket file as it was seen.
-
-    `birth` is what tells it from a later file with its inode number: the kernel's file
-    handle, or else the birth time in ns. `changed` is the time of the inode's last
-    change in ns, 0 if that is too recent to tell it from the next change.
-    """
-
-    __slots__ = ()
-
-    @property
-    def identity(self) -> tuple[int, int, int]:
-        """What stays the same whatever is done to the file but to make it anew."""
-        return self.device, self.inode, self.birth
-
-
-def find_socket_file(path: str, seen: SocketFile | None = None) -> SocketFile | None:
-    """Return the socket file at a path, None if there is none.
-
-    What was seen there before spares the kernel a second question if nothing changed:
-    then it is returned itself.
-    """
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    if not stat.S_ISSOCK(status.st_mode):
-        return None
-    changed = status.st_ctime_ns
-    if seen and seen[:2] == (status.st_dev, status.st_ino) and seen[3] == changed:
-        return seen
-    if changed > time.time_ns() - CLOCK_TICK_NS:
-        changed = 0
-    birth = _birth(os.fsencode(path)) or status.st_mtime_ns
-    return SocketFile(status.st_dev, status.st_ino, birth, changed)
-
-
 def socket_status(path: str) -> int | None:
-    """Return what lstat(2) tells of a socket file, as one number; None if there is none.
+    """Return what lstat(2) tells of a socket file in one number, None if there is none.
 
     As long as that is the same, so is the socket. It is 0, which is never the same, if
     the last change is too recent to be told from the next one.
     """
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    if not stat.S_ISSOCK(status.st_mode):
+    status = _stat_socket(path)
+    if status is None:
         return None
     if status.st_ctime_ns > time.time_ns() - CLOCK_TICK_NS:
         return 0
@@ -122,10 +82,22 @@ def socket_status(path: str) -> int | None:
 def socket_identity(path: str) -> tuple[int, int, int] | None:
     """Return what tells the socket at a path from a later one, None if there is none.
 
-    It is the same after utime, chmod, chown, link and rename, whoever does them.
+    It is the same after utime, chmod, chown, link and rename, whoever does them. It
+    takes four times as long as `socket_status`.
     """
-    file = find_socket_file(path)
-    return file.identity if file else None
+    status = _stat_socket(path)
+    if status is None:
+        return None
+    birth = _birth(os.fsencode(path)) or status.st_mtime_ns
+    return status.st_dev, status.st_ino, birth
+
+
+def _stat_socket(path: str) -> os.stat_result | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISSOCK(status.st_mode) else None
 
 
 def _birth(path: bytes) -> int:
@@ -147,17 +119,6 @@ def _birth(path: bytes) -> int:
         return 0
     seconds, nanoseconds = STATX_BIRTH.unpack_from(status)
     return int(seconds * 10**9 + nanoseconds)
-
-
-def peer_pid(connection: socket.socket) -> int | None:
-    """Return the pid of who listened there, None if it is in another pid namespace."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return struct.unpack("3i", credentials)[0] or None
-
-
-def socket_inode(connection: socket.socket) -> int:
-    """Return the inode number of a connection, which is unique while it is open."""
-    return os.fstat(connection.fileno()).st_ino
 
 
 def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
@@ -194,20 +155,10 @@ def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
 def listening_names(directory: str) -> set[str]:
     """Return the names in a directory that somebody listens on, there or not.
 
-    Raises OSError.
+    It takes about 7 us for each socket of the whole node. Raises OSError.
     """
     sockets = read_bound_sockets(directory)
     return {name for name in sockets if any(one.listens for one in sockets[name])}
-
-
-def is_listened_on(path: str) -> bool:
-    """Tell whether somebody listens on a name, though it may be gone. Raises OSError.
-
-    It takes about 7 us per socket of the whole node: for many names ask
-    `listening_names`.
-    """
-    directory, name = os.path.split(path)
-    return name in listening_names(directory)
 
 
 def read_peers() -> dict[int, int]:

@@ -52,17 +52,14 @@ class Ruling(collections.namedtuple("Ruling", "verdict cause")):
     @classmethod
     def restore(cls, record: object) -> Ruling:
         """Return what was exported. Raises ValueError for anything else."""
-        if not isinstance(record, list) or len(record) != 2:
-            raise ValueError("not a verdict and its cause")
-        verdict, cause = record
-        if not isinstance(cause, str):
-            raise ValueError("the cause of a verdict is no text")
-        return cls(Verdict(verdict), cause)
+        if isinstance(record, list) and len(record) == 2 and isinstance(record[1], str):
+            return cls(Verdict(record[0]), record[1])
+        raise ValueError("not a verdict and its cause")
 
 
 #: What each event changes in the state of a guest.
 EFFECTS: dict[str, dict[str, bool | None]] = {
-    # And powerdown_time, by the event's time stamp.
+    # Its time is kept as powerdown_time.
     "POWERDOWN": {"powerdown_requested": True},
     # A new boot.
     "RESET": {
@@ -76,17 +73,18 @@ EFFECTS: dict[str, dict[str, bool | None]] = {
     "GUEST_PANICKED": {"panicked": True},
     # A crash kernel takes over. It may end in a power off.
     "GUEST_CRASHLOADED": {"panicked": True},
-    # But watchdog_action, by the event's data.
+    # Its action is kept as watchdog_action, if QEMU ends by it.
     "WATCHDOG": {},
 }
 #: Why the other events of the schema, up to QEMU 11, say nothing of whose doing the
-#: end is. SHUTDOWN is the end itself.
+#: end is. (SHUTDOWN is the end.)
 IGNORED = {
-    "SUSPEND": "the guest sleeps (ACPI S3), and its QEMU goes on",
-    "SUSPEND_DISK": "the guest hibernates (ACPI S4): SHUTDOWN follows, and says whose",
-    "WAKEUP": "the guest slept, which spoke neither for its user nor against",
-    "GUEST_PVSHUTDOWN": "the guest asks for its power off: SHUTDOWN follows",
-    "MEMORY_FAILURE": "the host's memory is at fault: RESET or the end follows, if any",
+    "SUSPEND": "the guest sleeps (ACPI S3), and QEMU goes on",
+    "WAKEUP": "the guest no longer sleeps, and QEMU goes on",
+    "SUSPEND_DISK": "the guest hibernates (ACPI S4): SHUTDOWN follows, guest-shutdown",
+    "GUEST_PVSHUTDOWN": "the guest asks for it by pvpanic: the same SHUTDOWN follows",
+    "MEMORY_FAILURE": "the host's memory is at fault: if it matters, RESET, a panic or"
+    " the end of the connection follows",
 }
 
 #: The events after which a guest that was shut down runs again.
@@ -219,7 +217,8 @@ class Guest:
             setattr(guest, name, record[name])
         if guest.watchdog_action not in (None, *ENDING_WATCHDOG_ACTIONS):
             guest.watchdog_action = None
-        guest.ruling = guest.ruling and Ruling.restore(guest.ruling)
+        if guest.ruling is not None:
+            guest.ruling = Ruling.restore(guest.ruling)
         return guest
 
     def _judge(self, data: object, time: float | None) -> Ruling:

@@ -27,8 +27,6 @@ from namespace import (
 from status import status_table
 from variant import program_with
 
-import kvmd_daemon
-import kvmd_monitor
 
 AS_ON_A_NODE = "sys.argv.remove('--debug')"
 
@@ -145,32 +143,6 @@ def unread_connection() -> Iterator[socket.socket]:
         yield connection
 
 
-def test_the_limit_on_stalls_ends_with_what_it_was_for_also_by_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    timers: list[tuple[float, ...]] = []
-    monkeypatch.setattr(signal, "setitimer", lambda _, *timer: timers.append(timer))
-    with pytest.raises(ZeroDivisionError), kvmd_daemon.limited_stalls():
-        _ = 1 / 0
-    assert timers == [(kvmd_daemon.STALL_LIMIT, kvmd_daemon.STALL_LIMIT), (0,)]
-
-
-def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu
-) -> None:
-    warnings: list[str] = []
-    reactor.log.sinks.append(lambda _level, line: warnings.append(line))
-    fake_qemu.send_descriptor(UNINTERESTING, 0)
-    assert monitor.receive()
-    reactor.log.flush()
-    assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
-    fake_qemu.send(UNINTERESTING)
-    assert not reactor.selector.select(0)
-    assert reactor.next_timer() - time.monotonic() > 5
-    monitor.on_timer()
-    assert reactor.selector.select(0)
-
-
 def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
     daemon: Daemon, control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
@@ -186,79 +158,6 @@ def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
         daemon.send_signal(signal.SIGCONT)
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         wait_until(fake_qemu.shutdown_file.exists, "the shutdown file")
-
-
-def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu
-) -> None:
-    fake_qemu.send(FLOODS["events of interest"] * 500)
-    while reactor.selector.select(0):
-        assert monitor.receive()
-    assert monitor.receive(), "all was read"
-    wait_until(lambda: monitor in reactor.expired(), "its timer", seconds=1)
-    monitor.on_timer()
-    assert reactor.selector.select(0)
-
-
-def test_a_long_line_counts_as_parsed_from_its_start(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu
-) -> None:
-    fake_qemu.send(event_line("RESET", data="x" * 60000))
-    while reactor.selector.select(0):
-        assert monitor.receive()
-    assert monitor._parsed > 60000 // kvmd_monitor.PIECE_SIZE
-
-
-def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor
-) -> None:
-    reactor._connection_limit = 1
-    assert not reactor.has_room()
-    monitor._pause(1)
-    assert not reactor.has_room()
-    monitor.finish()
-    assert reactor.has_room()
-
-
-def stop_the_clock(monkeypatch: pytest.MonkeyPatch, seconds_ahead: float = 0) -> None:
-    now = time.monotonic() + seconds_ahead
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-
-
-def test_the_last_reads_end_where_the_peer_would_be_left_alone(
-    monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_qemu.send(FLOODS["events of interest"] * 500)
-    stop_the_clock(monkeypatch)
-    monitor.finish()
-    assert kvmd_monitor.PARSED_PIECES < monitor._parsed <= kvmd_monitor.PARSED_PIECES + 5
-
-
-def test_of_an_ended_connection_nothing_is_kept(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor
-) -> None:
-    monitor._pause(1)
-    monitor.finish()
-    assert not reactor.paused
-
-
-def test_what_was_parsed_is_forgotten_after_a_second(
-    monitor: kvmd_monitor.Monitor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monitor._count_parsed(10 * kvmd_monitor.PIECE_SIZE)
-    stop_the_clock(monkeypatch, seconds_ahead=1)
-    monitor._count_parsed(0)
-    assert monitor._parsed == 1
-
-
-def test_a_peer_with_nothing_to_parse_is_never_left_alone(
-    reactor: kvmd_monitor.Reactor, monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu
-) -> None:
-    for _ in range(100):
-        fake_qemu.send(UNINTERESTING * 500)
-        while reactor.selector.select(0):
-            assert monitor.receive()
-    assert not monitor.receive()
 
 
 def test_what_no_line_ends_takes_no_memory_and_costs_no_event(
@@ -417,7 +316,7 @@ def test_watches_that_run_out_on_the_way_are_fallen_back_from(
 def test_an_idle_daemon_sleeps(
     control_dir: Path, fake_qemu: FakeQemu, interval: int
 ) -> None:
-    program = program_with(control_dir.parent, "kvmd.PATIENCE = 0.2")
+    program = program_with(control_dir.parent, "kvmd_monitor.PATIENCE = 0.2")
     silent, dead = (FakeQemu(control_dir, name) for name in ("silent", "dead"))
     # All listen before the daemon starts: its patience with a bound socket is short.
     fake_qemu.listen()

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
 import re
-import select
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from daemon import INSTANCE, Daemon
-from deadline import SECONDS, wait_until
+from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 from status import status_table
 from systemd import Service, Systemd, full_notify_socket, take_descriptors

@@ -8,14 +8,13 @@ import os
 import signal
 import socket
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from daemon import INSTANCE, Daemon
 from deadline import wait_until
-from fake_qemu import FakeQemu, event_line
+from fake_qemu import FakeQemu
 from namespace import (
     interpreter_on_tmpfs,
     run_beside,
@@ -453,133 +452,7 @@ def test_after_an_unexpected_error_it_connects_anew(
 # ---- What came before an error -------------------------------------------------------
 
 
-def test_what_had_arrived_counts_though_sending_fails(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
-) -> None:
-    fake_qemu.bind()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.send(
-        b'{"QMP": {}}\r\n{"return": {}}\r\n'
-        + event_line("SHUTDOWN", guest=True, reason="guest-shutdown").rstrip()
-    )
-    theirs.close()
-    with pytest.raises(BrokenPipeError):
-        ours.send(b"as the daemon's commands will fare")
-    monitor._begin(ours)
-    while monitor.receive():
-        pass
-    assert fake_qemu.shutdown_file.exists()
-
-
-def test_what_had_arrived_counts_though_the_peer_left_something_unread(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
-) -> None:
-    fake_qemu.bind()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    monitor._begin(ours)
-    theirs.send(
-        b'{"QMP": {}}\r\n' + event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
-    )
-    theirs.close()  # with the commands unread: ECONNRESET
-    while monitor.receive():
-        pass
-    assert fake_qemu.shutdown_file.exists()
-
-
-def test_a_pending_file_makes_no_peer_look_silent(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_path: str) -> str:
-        raise OSError(errno.EROFS, "patched")
-
-    monkeypatch.setattr(kvmd_monitor, "remove_shutdown_file", fail)
-    fake_qemu.listen()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    fake_qemu.negotiate()
-    while monitor.phase is not kvmd_monitor.Phase.CONNECTED:
-        monitor.receive()
-    fake_qemu.disconnect()
-    while monitor.receive():
-        pass
-    monitor.on_timer()  # connects, and tries to remove the file
-    monitor.on_timer()
-    assert monitor.phase is kvmd_monitor.Phase.AWAITING_GREETING
-    monitor.finish()
-
-
-def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    delays: list[float] = []
-    monkeypatch.setattr(
-        reactor, "set_timer", lambda _monitor, seconds: delays.append(seconds)
-    )
-    fake_qemu.bind()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    for _ in range(13):
-        monitor.connect()
-    assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
-    assert delays[-2:] == [1.0, 1.0]
-
-
-def test_the_last_ruling_of_one_read_stands_for_all(
-    monitor: kvmd_monitor.Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outcomes: list[str] = []
-    for function in (kvmd_monitor.create_shutdown_file, kvmd_monitor.remove_shutdown_file):
-        name = function.__name__
-        monkeypatch.setattr(kvmd_monitor, name, lambda *_, name=name: outcomes.append(name))
-    shutdown = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
-    fake_qemu.send((shutdown + event_line("RESET")) * 10 + shutdown)
-    monitor.receive()
-    assert outcomes == ["create_shutdown_file"]
-
-
-def test_a_monitor_that_is_finished_waits_for_nothing(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_qemu.listen()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    monitor.finish()
-    later = time.monotonic() + kvmd_monitor.PATIENCE
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert not list(reactor.expired())
-
-
-def test_a_new_process_on_the_same_name_is_told_by_its_time_not_its_inode(
-    reactor: kvmd_monitor.Reactor, fake_qemu: FakeQemu
-) -> None:
-    fake_qemu.bind()
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    monitor.connect()
-    monitor.state.on_event("POWERDOWN", None, None)
-    monitor.connect()
-    assert monitor.state.powerdown_requested
-    os.utime(fake_qemu.path, ns=(0, 0))  # as of another file with that inode number
-    monitor.connect()
-    assert not monitor.state.powerdown_requested
-
-
 # ---- Time ----------------------------------------------------------------------------
-
-
-def test_no_timer_looks_at_the_clock(
-    reactor: kvmd_monitor.Reactor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monitor = kvmd_monitor.Monitor(INSTANCE, ".kvmd", reactor)
-    reactor.set_timer(monitor, 3600)
-    monkeypatch.setattr(time, "time", lambda: 4e9)
-    assert not list(reactor.expired())
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    reactor.set_timer(monitor, 0.05)
-    assert reactor.next_timer() - time.monotonic() < 0.05
-    wait_until(lambda: list(reactor.expired()) == [monitor], "the timer")
 
 
 def test_a_clock_set_back_and_forth_is_no_matter(
@@ -626,16 +499,3 @@ def test_another_users_socket_is_served_like_any(
     daemon.wait_until_connected(INSTANCE)
     assert " verdict=user " in end_by_user(daemon, fake_qemu)
     assert fake_qemu.shutdown_file.stat().st_uid == 0
-
-
-def test_a_shutdown_file_planted_anew_each_time_is_given_up_for_a_while(
-    control_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = control_dir / "a.shutdown"
-    path.symlink_to("x")
-    warnings: list[str] = []
-    monkeypatch.setattr(os, "unlink", lambda _path: None)
-    with pytest.raises(OSError, match="planted again and again") as error:
-        kvmd_monitor.create_shutdown_file(str(path), warnings.append)
-    assert error.value.errno == errno.EEXIST
-    assert all(str(path) in warning for warning in warnings) and warnings

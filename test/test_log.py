@@ -314,7 +314,7 @@ def test_a_guest_that_comes_back_again_and_again_cannot_fill_the_log(
         fake_qemu.wait_until_read()  # of what one read says, one line tells
     fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
     wait_until(fake_qemu.shutdown_file.exists, "the last verdict")
-    assert node.log.count(INSTANCE) == kvmd_log.Log.LINES_PER_PERIOD + 1
+    assert node.log.count(f" {INSTANCE}: ") == kvmd_log.Log.LINES_PER_PERIOD + 1
     node.stop()
 
 

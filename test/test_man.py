@@ -16,6 +16,7 @@ import pytest
 from daemon import ROOT, Daemon
 
 import kvmd_monitor
+import kvmd_status
 import kvmd_verdict
 import kvmd_version
 
@@ -99,7 +100,7 @@ def options_and_defaults(text: str, indent: int) -> dict[str, str | None]:
     for entry in re.split(rf"^ {{{indent}}}(?=-)", text, flags=re.M)[1:]:
         names = re.split(r"  |\n", entry)[0].strip()
         default = re.search(r"default:\s+([^\s:)]+)", entry, re.IGNORECASE)
-        options[names.replace("=", " ")] = default and default[1].rstrip(".")
+        options[names.replace("[=", " [").replace("=", " ")] = default and default[1].rstrip(".")
     return options
 
 
@@ -142,9 +143,21 @@ def test_every_option_and_its_default_is_on_the_page(page: str) -> None:
     assert "-f, --foreground" in on_page
 
 
+def test_every_member_and_state_of_the_status_is_on_the_page(page: str) -> None:
+    report = kvmd_status.make_report("/no/such/file", "/no/such/file")
+    entry = kvmd_status.make_entry({"instance": "web1"}, "/ctrl", 0.0)
+    states = {*kvmd_status.STATES.values(), kvmd_status.SHUT_DOWN, "unknown"}
+    names = {*report, *entry, *kvmd_status.VERDICT, *states}
+    names |= {"running", "paused", "panicked"}
+    table = re.findall(r"^ {7} *(\w+(?: \w+)*)  ", section(page, "STATUS"), re.M)
+    assert set(table) - {"State", "Member"} == names
+    documented = re.findall(r"^ {4,8}(\w+)  ", str(kvmd_status.__doc__), re.M)
+    assert set(documented) == {*report, *entry, *kvmd_status.VERDICT}
+
+
 def test_exit_statuses_are_those_on_the_page(page: str) -> None:
     done = run_program("--version")
-    failed = run_program("--no-cluster-checks", "--log-file=/no/such/directory/log")
+    failed = run_program("--no-cluster-checks", "--pid-file=/no/such/directory/pid")
     misused = run_program("--no-such-option")
     statuses = [done.returncode, failed.returncode, misused.returncode]
     assert statuses == [0, 1, 2]

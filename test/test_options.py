@@ -21,6 +21,7 @@ def test_the_defaults_are_ganetis_paths(monkeypatch: pytest.MonkeyPatch) -> None
     assert options.control_dir == "/var/run/ganeti/kvm-hypervisor/ctrl"
     assert options.pid_file == "/var/run/ganeti/ganeti-kvmd.pid"
     assert options.log_file == "/var/log/ganeti/kvm-daemon.log"
+    assert options.state_file == "/var/run/ganeti/ganeti-kvmd.state"
     assert options.ssconf_dir == "/var/lib/ganeti"
     assert (options.syslog, options.socket_suffix) == ("no", "auto")
     assert options.rescan_interval == 15
@@ -35,6 +36,7 @@ def test_ganeti_rootdir_prefixes_the_default_paths(
     options = kvmd_options.parse_arguments(["--log-file", "/elsewhere/log"])
     assert options.control_dir == "/virtual/node1/var/run/ganeti/kvm-hypervisor/ctrl"
     assert options.pid_file == "/virtual/node1/var/run/ganeti/ganeti-kvmd.pid"
+    assert options.state_file == "/virtual/node1/var/run/ganeti/ganeti-kvmd.state"
     assert options.ssconf_dir == "/virtual/node1/var/lib/ganeti"
     assert options.log_file == "/elsewhere/log"
 
@@ -46,6 +48,69 @@ def test_paths_are_made_absolute(
     assert kvmd_options.parse_arguments(["--pid-file", "p"]).pid_file == f"{control_dir}/p"
 
 
+DEFAULT_STATE_FILE = "/var/run/ganeti/ganeti-kvmd.state"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state_file"),
+    [
+        (["--pid-file=/run/a.pid"], "/run/a.state"),
+        (["--pid-file=/run/a.lock"], "/run/a.lock.state"),
+        (["--pid-file=/run/a.pid/b"], "/run/a.pid/b.state"),
+        (["--pid-file=/run/a.pid", "--state-file=/run/b"], "/run/b"),
+        (["--state-file=/run/b", "--pid-file=/run/a.pid"], "/run/b"),
+        (
+            ["--pid-file=/run/a.pid", f"--state-file={DEFAULT_STATE_FILE}"],
+            DEFAULT_STATE_FILE,
+        ),
+        (["--debug"], DEFAULT_STATE_FILE),
+    ],
+    ids=str,
+)
+def test_the_journal_goes_with_the_pid_file_unless_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], state_file: str
+) -> None:
+    monkeypatch.delenv("GANETI_ROOTDIR", raising=False)
+    options = kvmd_options.parse_arguments(arguments)
+    assert options.state_file == state_file
+    _, *again = options.command()[len(kvmd_options.own_command()) - 1 :]
+    assert vars(kvmd_options.parse_arguments(again)) == vars(options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--foreground", "--debug", "--syslog=only", "--no-user-checks"],
+        ["--no-cluster-checks", "--control-dir=/c", "--log-file=/l", "--ssconf-dir=/s"],
+        ["--socket-suffix=.qmp", "--rescan-interval=0.1"],
+        ["--status"],
+        ["--status=json", "--check"],
+    ],
+    ids=str,
+)
+def test_the_command_of_a_restart_has_the_options_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.delenv("GANETI_ROOTDIR", raising=False)
+    options = kvmd_options.parse_arguments(arguments)
+    command = options.command()
+    own = kvmd_options.own_command()
+    assert command[: len(own)] == own and len(command) == len(own) + len(arguments)
+    assert vars(kvmd_options.parse_arguments(command[len(own) :])) == vars(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [([], ""), (["--status"], "text"), (["--status=json"], "json")],
+    ids=str,
+)
+def test_status_is_text_unless_json_is_asked_for(
+    arguments: list[str], status: str
+) -> None:
+    assert kvmd_options.parse_arguments(arguments).status == status
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -55,6 +120,7 @@ def test_paths_are_made_absolute(
         "--control-dir",
         "--syslog",
         "--syslog=maybe",
+        "--status=xml",
         "--socket-suffix=.monitor",
         "--rescan-interval=-1",
         "--rescan-interval=nan",

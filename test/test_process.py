@@ -23,7 +23,6 @@ from namespace import call_in_process, require_namespaces
 from node import Node
 from variant import program_with
 
-import kvmd_check
 import kvmd_process
 
 
@@ -86,7 +85,7 @@ def test_only_the_lock_counts(node: Node, text: str) -> None:
 def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
     pid = node.start()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not kvmd_check.lock_holder(str(node.pid_file)), "its lock is gone")
+    wait_until(lambda: not kvmd_process.lock_holder(str(node.pid_file)), "its lock is gone")
     assert node.pid == pid
     assert node.start() != pid
     node.stop()
@@ -210,8 +209,13 @@ def test_a_locked_pid_file_is_taken_over_from_the_program_before(
     assert found == before.fd
     after = kvmd_process.PidFile(str(path), found)
     assert after.fd == before.fd and not os.get_inheritable(after.fd)
-    assert kvmd_check.lock_holder(str(path)) == os.getpid()
-    assert path.read_text() == f"{os.getpid()}\n"
+    holder = os.getpid()
+
+    def look_from_outside() -> None:
+        assert kvmd_process.lock_holder(str(path)) == holder
+        assert path.read_text() == f"{holder}\n"
+
+    call_in_process(look_from_outside)
     os.close(after.fd)
 
 

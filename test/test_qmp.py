@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,19 @@ UNINTERESTING = (
     b'{"timestamp": {"seconds": 1700000000, "microseconds": 750000}, "event":'
     b' "BLOCK_IO_ERROR", "data": {"device": "SHUTDOWN", "action": "report"}}\r\n'
 )
+NEWLINE = b"\n"
 INTRODUCTION = GREETING + NEGOTIATED + RUNNING
 SESSION = INTRODUCTION + UNINTERESTING + STOP + UNINTERESTING + POWEROFF
 
-POWEROFF_HEARD = Event(
+POWEROFF_EVENT = Event(
     "SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, 1700000001.5
 )
 
 Message = Any  # Greeting, Status or Event: named tuples without types
 
 
-def hear(protocol: Protocol, pieces: Iterable[bytes]) -> list[Message]:
-    """Return the messages in some pieces, less the events that nobody cares about."""
+def receive(protocol: Protocol, pieces: Iterable[bytes]) -> list[Message]:
+    """Return the messages in some pieces, less the events of no interest."""
     return [
         message
         for piece in pieces
@@ -59,23 +61,26 @@ def hear(protocol: Protocol, pieces: Iterable[bytes]) -> list[Message]:
     ]
 
 
-def hear_session(*pieces: bytes) -> list[Message]:
+def session_messages(*pieces: bytes) -> list[Message]:
     """Return the messages of a connection that brings these pieces, then ends."""
-    return hear(Protocol(), [*pieces, b""])
+    return receive(Protocol(), [*pieces, b""])
 
 
 @pytest.fixture
-def listening() -> Protocol:
+def negotiated() -> Protocol:
     """Return the protocol of a connection that has been greeted and answered."""
     protocol = Protocol()
-    hear(protocol, [INTRODUCTION])
+    receive(protocol, [INTRODUCTION])
     return protocol
 
 
 def kept_bytes(protocol: Protocol) -> int:
     """Return how much of its input a protocol keeps."""
-    values = [getattr(protocol, name) for name in protocol.__slots__]
-    return sum(len(value) for value in values if isinstance(value, (bytes, bytearray)))
+    assert not hasattr(protocol, "__dict__")
+    kept = {**protocol.export(), "complaint": ""}
+    size = sum(len(value) for value in kept.values() if isinstance(value, str))
+    assert protocol.pending == size
+    return size
 
 
 # ---- Real sessions -------------------------------------------------------------------
@@ -94,8 +99,8 @@ def test_there_are_recordings() -> None:
 
 def test_recording_is_understood(recording: bytes) -> None:
     protocol = Protocol()
-    heard = [message[0] for message in hear(protocol, [recording, b""])]
-    assert heard == list(words_of_interest(recording))
+    found = [message[0] for message in receive(protocol, [recording, b""])]
+    assert found == list(words_of_interest(recording))
     assert protocol.complaint is None
 
 
@@ -111,15 +116,15 @@ def words_of_interest(recording: bytes) -> Iterator[str]:
 
 
 def test_every_split_of_a_recording_says_the_same(recording: bytes) -> None:
-    whole = hear_session(recording)
+    whole = session_messages(recording)
     for position in range(1, len(recording)):
-        assert hear_session(recording[:position], recording[position:]) == whole
+        assert session_messages(recording[:position], recording[position:]) == whole
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 def test_pieces_of_any_size_say_the_same(recording: bytes, size: int) -> None:
     pieces = [recording[i : i + size] for i in range(0, len(recording), size)]
-    assert hear_session(*pieces) == hear_session(recording)
+    assert session_messages(*pieces) == session_messages(recording)
 
 
 # ---- The shape of a line -------------------------------------------------------------
@@ -127,29 +132,29 @@ def test_pieces_of_any_size_say_the_same(recording: bytes, size: int) -> None:
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\n", b"\r\n\r\n", b" \t\r\n", b"\r\r\n"])
 def test_any_end_of_line_will_do(end: bytes) -> None:
-    assert hear_session(SESSION.replace(b"\r\n", end)) == hear_session(SESSION)
+    assert session_messages(SESSION.replace(b"\r\n", end)) == session_messages(SESSION)
 
 
 def test_carriage_return_and_line_feed_may_come_apart() -> None:
     pieces = SESSION.replace(b"\r\n", b"\r|\n").split(b"|")
-    assert hear_session(*pieces) == hear_session(SESSION)
+    assert session_messages(*pieces) == session_messages(SESSION)
 
 
 @pytest.mark.parametrize("end", [b"", b"\r"])
 def test_last_line_may_lack_its_newline(end: bytes) -> None:
-    assert hear_session(INTRODUCTION, POWEROFF.strip() + end)[-1] == POWEROFF_HEARD
+    assert session_messages(INTRODUCTION, POWEROFF.strip() + end)[-1] == POWEROFF_EVENT
 
 
-def test_unfinished_last_line_is_no_event(listening: Protocol) -> None:
-    assert hear(listening, [POWEROFF.strip()[:-1], b""]) == []
+def test_unfinished_last_line_is_no_event(negotiated: Protocol) -> None:
+    assert receive(negotiated, [POWEROFF.strip()[:-1], b""]) == []
 
 
-def test_members_may_come_in_any_order(listening: Protocol) -> None:
+def test_members_may_come_in_any_order(negotiated: Protocol) -> None:
     backwards = (
         b'{"data": {"reason": "guest-shutdown", "guest": true}, "event": "SHUTDOWN",'
         b' "timestamp": {"microseconds": 500000, "seconds": 1700000001}}\n'
     )
-    assert hear(listening, [backwards]) == [POWEROFF_HEARD]
+    assert receive(negotiated, [backwards]) == [POWEROFF_EVENT]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +167,10 @@ def test_members_may_come_in_any_order(listening: Protocol) -> None:
     ids=["compact", "spaced", "with unknown members"],
 )
 def test_white_space_and_unknown_members_mean_nothing(
-    listening: Protocol, write: Callable[[object], str]
+    negotiated: Protocol, write: Callable[[object], str]
 ) -> None:
     line = write(json.loads(POWEROFF)).encode() + b"\n"
-    assert hear(listening, [line]) == [POWEROFF_HEARD]
+    assert receive(negotiated, [line]) == [POWEROFF_EVENT]
 
 
 @pytest.mark.parametrize(
@@ -189,21 +194,36 @@ def test_white_space_and_unknown_members_mean_nothing(
     ],
 )
 def test_text_that_looks_like_an_event_is_none(
-    listening: Protocol, shape: str, text: str
+    negotiated: Protocol, shape: str, text: str
 ) -> None:
     line = shape % json.dumps(text) + "\n"
-    assert hear(listening, [line.encode()]) == []
+    assert receive(negotiated, [line.encode()]) == []
 
 
-def test_nothing_is_told_before_the_greeting() -> None:
-    assert hear_session(RUNNING, POWEROFF) == []
-    assert hear_session(RUNNING, POWEROFF, GREETING, POWEROFF)[1:] == [POWEROFF_HEARD]
+@pytest.mark.parametrize("name", sorted(INTERESTING))
+def test_every_event_that_matters_is_returned(negotiated: Protocol, name: str) -> None:
+    line = UNINTERESTING.replace(b"BLOCK_IO_ERROR", name.encode())
+    data = {"device": "SHUTDOWN", "action": "report"}
+    assert receive(negotiated, [line]) == [Event(name, data, 1700000000.75)]
+
+
+@pytest.mark.parametrize("line", [NEGOTIATED, RUNNING, STOP, UNINTERESTING, POWEROFF])
+def test_message_before_the_greeting_is_skipped_with_a_complaint(line: bytes) -> None:
+    protocol = Protocol()
+    assert receive(protocol, [line, POWEROFF]) == []
+    assert protocol.complaint == f"before the greeting: {line.rstrip(NEWLINE)[:80]!r}"
+    assert receive(protocol, [SESSION]) == session_messages(SESSION)
+
+
+def test_status_before_the_greeting_is_none() -> None:
+    # Else answers of no interest would be all that is left to come.
+    assert session_messages(RUNNING, GREETING, RUNNING)[1:] == [Status("running")]
 
 
 def test_answer_to_another_question_is_not_the_status() -> None:
     for stranger in (b'"x"', b"7", b"null", b'["kvmd-status"]'):
         answer = RUNNING.replace(b'"kvmd-status"', stranger)
-        assert len(hear_session(GREETING, answer)) == 1
+        assert len(session_messages(GREETING, answer)) == 1
 
 
 @pytest.mark.parametrize(
@@ -223,10 +243,10 @@ def test_answer_to_another_question_is_not_the_status() -> None:
     ],
 )
 def test_time_of_an_event_is_known_or_not(
-    listening: Protocol, timestamp: str, time: float | None
+    negotiated: Protocol, timestamp: str, time: float | None
 ) -> None:
     line = f'{{"event": "RESET", "timestamp": {timestamp}}}\n'
-    assert hear(listening, [line.encode()]) == [Event("RESET", None, time)]
+    assert receive(negotiated, [line.encode()]) == [Event("RESET", None, time)]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +262,7 @@ def test_time_of_an_event_is_known_or_not(
 )
 def test_version_is_known_or_not(version: str, text: str) -> None:
     line = f'{{"QMP": {{"version": {{"qemu": {version}}}}}}}\n'
-    assert hear_session(line.encode()) == [Greeting(text)]
+    assert session_messages(line.encode()) == [Greeting(text)]
 
 
 # ---- Across a restart ----------------------------------------------------------------
@@ -254,22 +274,82 @@ def restarted(protocol: Protocol) -> Protocol:
 
 
 def test_restart_at_any_byte_of_a_recording_loses_nothing(recording: bytes) -> None:
-    whole = hear_session(recording)
+    whole = session_messages(recording)
     for position in range(1, len(recording)):
         earlier = Protocol()
-        messages = hear(earlier, [recording[:position]])
+        messages = receive(earlier, [recording[:position]])
         later = restarted(earlier)
-        assert messages + hear(later, [recording[position:], b""]) == whole
+        assert messages + receive(later, [recording[position:], b""]) == whole
 
 
 def test_restart_amid_a_line_that_is_too_long_goes_on_skipping_it(
-    listening: Protocol,
+    negotiated: Protocol,
 ) -> None:
-    hear(listening, [b"x" * kvmd_qmp.LINE_LIMIT, b"x"])
-    assert hear(restarted(listening), [POWEROFF, POWEROFF]) == [POWEROFF_HEARD]
+    receive(negotiated, [b"x" * kvmd_qmp.LINE_LIMIT, b"x"])
+    assert receive(restarted(negotiated), [POWEROFF, POWEROFF]) == [POWEROFF_EVENT]
 
 
-# ---- The many events that nobody cares about -----------------------------------------
+@pytest.fixture
+def records() -> list[dict[str, object]]:
+    """Return what is exported amid a line, and amid one that is too long."""
+    protocol = Protocol()
+    receive(protocol, [INTRODUCTION + b"rubbish\n\xff"])
+    amid = protocol.export()
+    receive(protocol, [b"{" * kvmd_qmp.LINE_LIMIT])
+    return [amid, protocol.export()]
+
+
+def test_protocol_is_restored_from_json(records: list[dict[str, object]]) -> None:
+    for name, value in Protocol().export().items():
+        assert any(record[name] != value for record in records), name
+    for record in records:
+        assert Protocol.restore(json.loads(json.dumps(record))).export() == record
+
+
+def test_complaint_outlives_a_restart(negotiated: Protocol) -> None:
+    receive(negotiated, [b"rubbish\n"])
+    later = restarted(negotiated)
+    receive(later, [b"more rubbish\n"])
+    assert later.complaint == negotiated.complaint
+    assert restarted(Protocol()).complaint is None
+
+
+def test_missing_member_of_a_record_is_that_of_a_new_connection() -> None:
+    assert Protocol.restore({}).export() == Protocol().export()
+    assert Protocol.restore({"greeted": True}).export() == {
+        **Protocol().export(),
+        "greeted": True,
+    }
+
+
+def test_unknown_member_of_a_record_is_passed_over() -> None:
+    record = {"of-a-later-kvmd": 1}
+    assert Protocol.restore(record).export() == Protocol().export()
+
+
+@pytest.mark.parametrize("name", Protocol().export())
+@pytest.mark.parametrize("value", [None, True, 1, 1.5, "text", [], {}], ids=repr)
+def test_member_of_another_type_is_refused(name: str, value: object) -> None:
+    if type(value) is type(Protocol().export()[name]):
+        Protocol.restore({name: value})
+    else:
+        with pytest.raises(ValueError):
+            Protocol.restore({name: value})
+
+
+def test_unfinished_line_that_is_no_bytes_is_refused() -> None:
+    with pytest.raises(ValueError):
+        Protocol.restore({"unfinished": "\u20ac"})
+
+
+def test_unfinished_line_of_a_record_is_bounded() -> None:
+    record = {"unfinished": "{" * (kvmd_qmp.LINE_LIMIT + 1)}
+    restored = Protocol.restore(record)
+    assert kept_bytes(restored) == 0
+    assert restored.complaint == "a line of more than 65536 bytes"
+
+
+# ---- The many events of no interest -----------------------------------------
 
 
 @pytest.fixture
@@ -286,31 +366,33 @@ def count_parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: len(texts)
 
 
-def test_no_json_is_parsed_for_an_event_that_nobody_cares_about(
-    listening: Protocol, count_parsed: Callable[[], int]
+def test_no_json_is_parsed_for_an_event_of_no_interest(
+    negotiated: Protocol, count_parsed: Callable[[], int]
 ) -> None:
-    later = restarted(listening)
+    later = restarted(negotiated)
     before = count_parsed()
-    for protocol in (listening, later):
-        assert hear(protocol, [UNINTERESTING] * 100 + [UNINTERESTING * 100]) == []
+    for protocol in (negotiated, later):
+        assert receive(protocol, [UNINTERESTING] * 100 + [UNINTERESTING * 100]) == []
     assert count_parsed() == before
 
 
 def test_json_is_parsed_for_an_interesting_event_but_not_for_its_neighbours(
-    listening: Protocol, count_parsed: Callable[[], int]
+    negotiated: Protocol, count_parsed: Callable[[], int]
 ) -> None:
     flood = UNINTERESTING + b"{}\n[\n\n"
-    assert hear(listening, [flood * 100 + POWEROFF + flood * 100]) == [POWEROFF_HEARD]
+    assert receive(negotiated, [flood * 100 + POWEROFF + flood * 100]) == [
+        POWEROFF_EVENT
+    ]
     assert count_parsed() == 1
 
 
 def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
-    listening: Protocol,
+    negotiated: Protocol,
 ) -> None:
     sizes = []
     for piece in (UNINTERESTING, STOP, UNINTERESTING):
-        hear(listening, [piece])
-        sizes.append(listening.read_size)
+        receive(negotiated, [piece])
+        sizes.append(negotiated.read_size)
     assert sizes == [kvmd_qmp.READ_SIZE, kvmd_qmp.CAREFUL_READ_SIZE, kvmd_qmp.READ_SIZE]
 
 
@@ -320,24 +402,24 @@ def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
 @pytest.mark.parametrize(
     "rubbish", [b"rubbish\n", b"\xff\xfe\n", b"{" + b"x" * kvmd_qmp.LINE_LIMIT + b"\n"]
 )
-def test_rubbish_is_told_of_once_the_guest_runs_too(
-    listening: Protocol, rubbish: bytes
+def test_rubbish_is_complained_of_while_the_guest_runs_too(
+    negotiated: Protocol, rubbish: bytes
 ) -> None:
     size = kvmd_qmp.READ_SIZE
     pieces = [rubbish[i : i + size] for i in range(0, len(rubbish), size)]
-    assert hear(listening, [UNINTERESTING, *pieces]) == []
-    complaint = listening.complaint
+    assert receive(negotiated, [UNINTERESTING, *pieces]) == []
+    complaint = negotiated.complaint
     assert complaint
-    assert hear(listening, [rubbish, POWEROFF]) == [POWEROFF_HEARD]
-    assert listening.complaint == complaint
+    assert receive(negotiated, [rubbish, POWEROFF]) == [POWEROFF_EVENT]
+    assert negotiated.complaint == complaint
 
 
 def test_no_json_is_parsed_for_further_rubbish(
-    listening: Protocol, count_parsed: Callable[[], int]
+    negotiated: Protocol, count_parsed: Callable[[], int]
 ) -> None:
-    hear(listening, [b"{rubbish\n", b"rubbish\n"])
+    receive(negotiated, [b"{rubbish\n", b"rubbish\n"])
     before = count_parsed()
-    hear(listening, [b"rubbish\n"])
+    receive(negotiated, [b"rubbish\n"])
     assert count_parsed() == before
 
 
@@ -348,40 +430,42 @@ def line_of(length: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1000, kvmd_qmp.READ_SIZE])
-def test_line_as_long_as_the_limit_is_heard(listening: Protocol, size: int) -> None:
+def test_line_as_long_as_the_limit_is_read(negotiated: Protocol, size: int) -> None:
     line = line_of(kvmd_qmp.LINE_LIMIT)
     pieces = [line[i : i + size] for i in range(0, len(line), size)]
-    assert [event.name for event in hear(listening, pieces)] == ["STOP"]
-    assert listening.complaint is None
+    assert [event.name for event in receive(negotiated, pieces)] == ["STOP"]
+    assert negotiated.complaint is None
 
 
 @pytest.mark.parametrize("size", [1000, kvmd_qmp.READ_SIZE, 10 * kvmd_qmp.LINE_LIMIT])
 @pytest.mark.parametrize("length", [kvmd_qmp.LINE_LIMIT + 1, 3 * kvmd_qmp.LINE_LIMIT])
 def test_longer_line_is_skipped_to_its_end(
-    listening: Protocol, length: int, size: int
+    negotiated: Protocol, length: int, size: int
 ) -> None:
     line = line_of(length) + POWEROFF
     pieces = [line[i : i + size] for i in range(0, len(line), size)]
-    assert hear(listening, pieces) == [POWEROFF_HEARD]
-    assert listening.complaint is not None
-    assert listening.complaint.startswith("a line of more than 65536 bytes")
+    assert receive(negotiated, pieces) == [POWEROFF_EVENT]
+    assert negotiated.complaint is not None
+    assert negotiated.complaint.startswith("a line of more than 65536 bytes")
 
 
-def test_end_of_a_longer_line_is_no_event_of_its_own(listening: Protocol) -> None:
+def test_end_of_a_longer_line_is_no_event_of_its_own(negotiated: Protocol) -> None:
     pieces = [b"x" * kvmd_qmp.LINE_LIMIT, b"x", POWEROFF, STOP]
-    assert [event.name for event in hear(listening, pieces)] == ["STOP"]
+    assert [event.name for event in receive(negotiated, pieces)] == ["STOP"]
 
 
-def test_longer_last_line_is_nothing(listening: Protocol) -> None:
-    assert hear(listening, [POWEROFF.strip(), b" " * kvmd_qmp.LINE_LIMIT, b""]) == []
+def test_longer_last_line_is_nothing(negotiated: Protocol) -> None:
+    assert (
+        receive(negotiated, [POWEROFF.strip(), b" " * kvmd_qmp.LINE_LIMIT, b""]) == []
+    )
 
 
-def test_64_mib_without_a_newline_are_not_kept(listening: Protocol) -> None:
+def test_64_mib_without_a_newline_are_not_kept(negotiated: Protocol) -> None:
     piece = b"x" * kvmd_qmp.READ_SIZE
     for _ in range((64 << 20) // len(piece)):
-        assert listening.receive(piece) == []
-        assert kept_bytes(listening) <= kvmd_qmp.LINE_LIMIT
-    assert hear(listening, [b"\n" + POWEROFF]) == [POWEROFF_HEARD]
+        assert negotiated.receive(piece) == []
+        assert kept_bytes(negotiated) <= kvmd_qmp.LINE_LIMIT
+    assert receive(negotiated, [b"\n" + POWEROFF]) == [POWEROFF_EVENT]
 
 
 BAD_LINES = {
@@ -412,8 +496,44 @@ BAD_LINES = {
 @pytest.mark.parametrize("introduction", [b"", GREETING, INTRODUCTION])
 def test_bad_line_costs_nothing_but_itself(introduction: bytes, line: bytes) -> None:
     session = introduction + b"|" + INTRODUCTION + POWEROFF
-    expected = hear_session(session.replace(b"|", b""))
-    assert hear_session(session.replace(b"|", line + b"\n")) == expected
+    expected = session_messages(session.replace(b"|", b""))
+    assert session_messages(session.replace(b"|", line + b"\n")) == expected
+
+
+@pytest.fixture(params=["the interpreter's limit", "no limit"])
+def digit_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have the interpreter convert integers of any length, as older ones do."""
+    if request.param == "no limit" and hasattr(sys, "set_int_max_str_digits"):
+        limit = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(0)
+        try:
+            yield
+        finally:
+            sys.set_int_max_str_digits(limit)
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("digit_limit")
+@pytest.mark.parametrize(
+    ("number", "complaint"),
+    [
+        (-(2**63), None),
+        (2**64 - 1, None),
+        (10**20, "a number of more than 20 characters"),
+        (10**4299, "a number of more than 20 characters"),
+        ("9" * 60000, "a number of more than 20 characters"),
+    ],
+    ids=["smallest", "largest", "longer", "long", "very long"],
+)
+def test_integer_is_as_long_as_those_of_qemu(
+    negotiated: Protocol, number: object, complaint: str | None
+) -> None:
+    line = f'{{"event": "STOP", "data": {number}}}\n'.encode()
+    names = [event.name for event in receive(negotiated, [line])]
+    assert names == (["STOP"] if complaint is None else [])
+    assert (negotiated.complaint or "").startswith(complaint or "")
+    assert (negotiated.complaint is None) is (complaint is None)
 
 
 # What JSON permits, and QEMU never says.
@@ -426,8 +546,8 @@ ODD_LINES = {
 
 
 @pytest.mark.parametrize("line", ODD_LINES.values(), ids=ODD_LINES.keys())
-def test_odd_line_is_an_event(listening: Protocol, line: bytes) -> None:
-    messages = hear(listening, [line + b"\n"])
+def test_odd_line_is_an_event(negotiated: Protocol, line: bytes) -> None:
+    messages = receive(negotiated, [line + b"\n"])
     assert [event.name for event in messages] == ["SHUTDOWN"]
     assert_well_formed(messages)
 
@@ -435,31 +555,49 @@ def test_odd_line_is_an_event(listening: Protocol, line: bytes) -> None:
 @pytest.mark.parametrize("status", [b"", rb"\ud800\n", b"up: verdict=user", b"a" * 33])
 def test_status_that_could_deceive_who_reads_the_log_is_none(status: bytes) -> None:
     answer = RUNNING.replace(b'running",', status + b'",')
-    assert not any(isinstance(m, Status) for m in hear_session(GREETING, answer))
+    assert not any(isinstance(m, Status) for m in session_messages(GREETING, answer))
 
 
-def test_first_bad_line_is_complained_of(listening: Protocol) -> None:
-    hear(listening, [b'{"event": "STOP"\n', b'["event": "RESET"]\n'])
-    assert listening.complaint is not None
-    assert listening.complaint.endswith(r"""b'{"event": "STOP"'""")
+def test_first_bad_line_is_complained_of(negotiated: Protocol) -> None:
+    receive(negotiated, [b'{"event": "STOP"\n', b'["event": "RESET"]\n'])
+    assert negotiated.complaint is not None
+    assert negotiated.complaint.endswith(r"""b'{"event": "STOP"'""")
 
 
-def test_second_greeting_is_skipped_with_a_complaint(listening: Protocol) -> None:
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"error": {"class": "CommandNotFound"}}', "a command was refused: "),
+        (b"{}", "neither greeting, answer nor event: b'{}'"),
+        (b"[]", "neither greeting, answer nor event: b'[]'"),
+        (b'{"return": 1, "id": "kvmd-status"}', "no status in the answer to query-"),
+        (b"x" * (kvmd_qmp.LINE_LIMIT + 1), "a line of more than 65536 bytes: b'xxx"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        (b"x", "Expecting value: line 1 column 1 (char 0): b'x'"),
+    ],
+)
+def test_complaint_says_what_is_bad(line: bytes, complaint: str) -> None:
+    protocol = Protocol()
+    receive(protocol, [GREETING + line + b"\n"])
+    assert (protocol.complaint or "").startswith(complaint)
+
+
+def test_second_greeting_is_skipped_with_a_complaint(negotiated: Protocol) -> None:
     greeting = b'{"QMP": {"version": {}}}\n'
     protocol = Protocol()
-    assert hear(protocol, [greeting * 2]) == [Greeting("unknown")]
+    assert receive(protocol, [greeting * 2]) == [Greeting("unknown")]
     assert protocol.complaint is not None and "second greeting" in protocol.complaint
 
 
 def test_complaint_about_a_long_line_is_short() -> None:
     protocol = Protocol()
-    hear(protocol, [b"\xff" * 60000 + b"\n"])
+    receive(protocol, [b"\xff" * 60000 + b"\n"])
     assert protocol.complaint is not None
     assert len(protocol.complaint) < 500
 
 
 def assert_well_formed(messages: Iterable[Message]) -> None:
-    """Check the types of all that was heard, and that a verdict can be made of it."""
+    """Check the types of all messages, and that a verdict can be made of it."""
     guest = Guest()
     for message in messages:
         if isinstance(message, Greeting):
@@ -495,8 +633,8 @@ def test_wrong_types_at_every_place_are_survived(line: bytes) -> None:
         wrong = json.dumps(value).encode() + b"\n"
         for introduction in (b"", GREETING, INTRODUCTION):
             protocol = Protocol()
-            assert_well_formed(hear(protocol, [introduction + wrong]))
-            assert hear(protocol, [GREETING + POWEROFF])[-1] == POWEROFF_HEARD
+            assert_well_formed(receive(protocol, [introduction + wrong]))
+            assert receive(protocol, [GREETING + POWEROFF])[-1] == POWEROFF_EVENT
 
 
 # ---- What nobody thought of ----------------------------------------------------------
@@ -512,14 +650,18 @@ def mutated(session: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.randint(1, 4)):
         start = chance.randrange(len(session) + 1)
         end = min(len(session), start + chance.randrange(40))
-        session = session[:start] + chance.choice(
-            [
-                bytes(chance.randrange(256) for _ in range(end - start)),
-                b"",
-                session[start:end] * 2,
-                chance.choice(FRAGMENTS) + session[start:end],
-            ]
-        ) + session[end:]
+        session = (
+            session[:start]
+            + chance.choice(
+                [
+                    bytes(chance.randrange(256) for _ in range(end - start)),
+                    b"",
+                    session[start:end] * 2,
+                    chance.choice(FRAGMENTS) + session[start:end],
+                ]
+            )
+            + session[end:]
+        )
     return session
 
 

@@ -151,10 +151,10 @@ def test_sigusr1_logs_a_line_for_each_instance(
 def test_an_unexpected_error_in_the_loop_is_logged_with_its_traceback(
     control_dir: Path,
 ) -> None:
-    patch = "kvmd.Daemon.log_status = lambda _: 1 / 0"
+    patch = "kvmd_log.Log.reopen = lambda _: 1 / 0"
     program = program_with(control_dir.parent, patch)
     with Daemon(control_dir, program=program) as daemon:
-        daemon.send_signal(signal.SIGUSR1)
+        daemon.send_signal(signal.SIGHUP)
         assert daemon.wait_until_gone() == 1
         assert "ZeroDivisionError" in daemon.log and "Traceback" in daemon.log
         assert not daemon.pid_file.exists()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
+import signal
 import socket
+from pathlib import Path
 
 import pytest
+from deadline import wait_until
+from namespace import require_namespaces
 from node import SETTINGS, Node
+from variant import program_with
 
 import kvmd_settings
 
@@ -62,7 +68,7 @@ def test_enabled_user_shutdown(text: str, level: kvmd_settings.Level) -> None:
         ("node2.example.com=False\nnode1.example.com=True\n", OK),
         ("node1=True\n", OK),
         ("node1=False\n", FAIL),
-        ("node1=False\nnode1.example.com=True\n", OK),
+        ("node1=True\nnode1.example.com=False\n", OK),
         ("node2.example.com=True\n", WARN),
         ("", WARN),
         ("node1.example.com\n", BROKEN),
@@ -70,19 +76,94 @@ def test_enabled_user_shutdown(text: str, level: kvmd_settings.Level) -> None:
     ],
 )
 def test_node_vm_capable(text: str, level: kvmd_settings.Level) -> None:
-    finding = kvmd_settings.judge_vm_capable(text, ["node1.example.com", "node1"])
+    finding = kvmd_settings.judge_vm_capable(text, "node1")
     assert finding.level is level
     if level is FAIL:
         assert "gnt-node modify --vm-capable=yes node1" in finding.text
     if level is WARN:
-        assert "node1.example.com or node1 is not listed" in finding.text
+        assert "node node1 is not listed" in finding.text
+
+
+TWO_NAMESAKES = "node1.a.example=False\nnode1.b.example=False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "level", "node"),
+    [
+        ("node1.example.com=False\n", "node1.example.com", FAIL, "node1.example.com"),
+        ("Node1.Example.COM=False\n", "node1", FAIL, "node1.example.com"),
+        ("node1=False\nnode1.example.com=True\n", "node1", FAIL, "node1"),
+        (TWO_NAMESAKES, "node1.b.example", FAIL, "node1.b.example"),
+        (TWO_NAMESAKES, "node1", WARN, "may be any of node1.a.example, node1.b.example"),
+        ("node1.example.com=False\n", "node1.example", WARN, "is not listed"),
+        ("node1.example.com=False\n", "node", WARN, "is not listed"),
+        ("node10.example.com=False\n", "node1", WARN, "is not listed"),
+        ("a.node1.example.com=False\n", "node1", WARN, "is not listed"),
+    ],
+)
+def test_the_host_is_a_listed_node_or_the_first_label_of_one_alone(
+    text: str, host: str, level: kvmd_settings.Level, node: str
+) -> None:
+    finding = kvmd_settings.judge_vm_capable(text, host)
+    assert finding.level is level
+    assert node in finding.text
 
 
 def test_ganeti_hostname_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GANETI_HOSTNAME", "node7.example.com")
-    assert list(kvmd_settings.names_of_node()) == ["node7.example.com"]
+    monkeypatch.setenv("GANETI_HOSTNAME", "Node7.example.com")
+    assert kvmd_settings.host_name() == "node7.example.com"
     monkeypatch.delenv("GANETI_HOSTNAME")
-    assert next(kvmd_settings.names_of_node()) == socket.gethostname()
+    assert kvmd_settings.host_name() == socket.gethostname().lower()
+
+
+WITHOUT_NETWORK = """
+import os
+def forbid(event, arguments):
+    is_network = event.startswith("socket.get")
+    if event == "socket.__new__":
+        is_network = arguments[1] != 1  # AF_UNIX
+    if event == "open" and isinstance(arguments[0], str):
+        is_network = arguments[0].startswith(("/etc/hosts", "/etc/resolv.conf"))
+    if is_network:
+        os._exit(99)
+sys.addaudithook(forbid)
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("node1", "INFO started kvmd"),
+        ("node2", "INFO not needed here: .*: node node2.example.com is not vm_capable"),
+        ("node3", "WARNING .*: node node3 is not listed"),
+    ],
+)
+def test_the_node_is_found_without_the_network(
+    node: Node, host: str, message: str
+) -> None:
+    require_namespaces()
+    program = program_with(node.directory, WITHOUT_NETWORK)
+    namespace = ("unshare", "--user", "--map-root-user", "--uts", "sh", "-ec")
+    commands = f'hostname {host}; python=$1; shift 2; exec "$python" {program} "$@"'
+    del node.environment["GANETI_HOSTNAME"]
+    result = node.run(prefix=(*namespace, commands, "sh"))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert re.search(message, node.log)
+
+
+def test_settings_are_read_from_regular_files_alone(node: Node) -> None:
+    path = node.ssconf_dir / "ssconf_hypervisor_list"
+    for plant, reason in [(os.mkfifo, "no regular file"), (link_to_secret, "a symlink")]:
+        path.unlink()
+        plant(path)
+        assert node.run().returncode == 0
+        assert f" ERROR not running: {path}: cannot be read: it is {reason}" in node.log
+    assert "secret" not in node.log
+
+
+def link_to_secret(path: Path) -> None:
+    path.with_name("shadow").write_text("secret\n")
+    path.symlink_to("shadow")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -132,4 +213,13 @@ def test_the_settings_are_asked_for_before_all_else(node: Node) -> None:
 
 def test_no_cluster_checks_asks_no_settings(node: Node) -> None:
     node.start("--no-cluster-checks", "--ssconf-dir", "/missing")
+    node.stop()
+
+
+def test_a_restart_in_place_does_not_ask_the_settings_again(node: Node) -> None:
+    pid = node.start()
+    (node.ssconf_dir / "ssconf_enabled_user_shutdown").write_text("False\n")
+    os.kill(pid, signal.SIGUSR2)
+    wait_until(lambda: node.log.count(" INFO started kvmd ") == 2, "it has restarted")
+    assert node.pid == pid
     node.stop()

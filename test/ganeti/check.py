@@ -8,7 +8,6 @@ one installs the package, the last one removes it.
 from __future__ import annotations
 
 import functools
-import re
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "package"))
+
 from cluster import (
     CONTROL_DIR,
     LOG_FILE,
     PID_FILE,
     GanetiUnusableError,
     Instance,
-    built_package,
     create_cluster,
     daemon_is_version,
     daemon_pid,
@@ -36,10 +36,11 @@ from cluster import (
     wait_until,
     which_daemon,
 )
+from packages import NEWER, our_package, variant
 from scenario import all_hold, report
 
 INIT_SCRIPT = "/etc/init.d/ganeti"
-NEWER_VERSION = "999"
+VERSION_MODULE = Path("/usr/share/ganeti-kvmd/kvmd_version.py")
 
 
 # ---- Who shut it down ----------------------------------------------------------------
@@ -199,7 +200,7 @@ def log_is_rotated() -> None:
 def installing_takes_over_from_ganetis_daemon() -> None:
     with running_instance("installed") as instance:
         expect("daemon", which_daemon(), "Ganeti's")
-        install(built_package())
+        install(our_package())
         expect("daemon", which_daemon(), "ours")
         wait_until_monitored(instance)
         instance.power_off()
@@ -207,15 +208,15 @@ def installing_takes_over_from_ganetis_daemon() -> None:
 
 
 def upgrading_loses_no_shutdown() -> None:
-    package, module = newer_package()
+    package = variant(NEWER)
     with running_instance("upgrade") as early, running_instance("upgraded") as late:
         with ThreadPoolExecutor() as pool:
             upgrade = pool.submit(install, package)
-            wait_until("unpacked", lambda: NEWER_VERSION in module.read_text())
+            wait_until("unpacked", lambda: NEWER in VERSION_MODULE.read_text())
             early.power_off()
             upgrade.result()
         expect_down_by_user(early)
-        wait_until("the new daemon runs", lambda: daemon_is_version(NEWER_VERSION))
+        wait_until("the new daemon runs", lambda: daemon_is_version(NEWER))
         expect("daemon", which_daemon(), "ours")
         wait_until_monitored(late)
         late.power_off()
@@ -228,22 +229,6 @@ def removing_brings_ganetis_daemon_back() -> None:
         expect("daemon", which_daemon(), "Ganeti's")
         instance.power_off()
         expect_down_by_user(instance)
-
-
-def newer_package() -> tuple[Path, Path]:
-    """Make a package of a newer version; return it, and its module when installed."""
-    tree, package = Path("/tmp/newer"), Path("/tmp/newer.deb")
-    run("dpkg-deb", "--raw-extract", str(built_package()), str(tree))
-    (module,) = tree.rglob("kvmd.py")
-    substitute(tree / "DEBIAN/control", "Version: .*", f"Version: {NEWER_VERSION}")
-    substitute(module, "VERSION = .*", f'VERSION = "{NEWER_VERSION}"')
-    run("dpkg-deb", "--build", str(tree), str(package))
-    return package, "/" / module.relative_to(tree)
-
-
-def substitute(path: Path, line: str, replacement: str) -> None:
-    """Replace the lines of a file that match."""
-    path.write_text(re.sub(f"(?m)^{line}$", replacement, path.read_text()))
 
 
 def install(package: Path) -> None:

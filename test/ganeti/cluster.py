@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "test"))
@@ -39,8 +38,8 @@ QEMU_PID_FILES = RUN_DIR / "kvm-hypervisor/pid"
 PID_FILE = RUN_DIR / "ganeti-kvmd.pid"
 LOG_FILE = Path("/var/log/ganeti/kvm-daemon.log")
 
-# What Ganeti 3.1.0~rc2 makes a cluster's certificates with, and Debian sid's OpenSSL for
-# Python has no longer.
+# What Ganeti 3.1.0~rc2 makes a cluster's certificates with, and Python's OpenSSL on
+# Debian sid has no longer.
 LOST_FUNCTION = "module 'OpenSSL.crypto' has no attribute 'X509Req'"
 
 # Seconds that one command may take, and that a condition may take to come true.
@@ -195,10 +194,9 @@ class Instance:
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.settimeout(PATIENCE)
             monitor.connect(str(CONTROL_DIR / f"{self.name}.monitor"))
-            with monitor.makefile("rwb", buffering=0) as stream:
-                await_prompt(stream)
-                stream.write(b"system_powerdown\n")
-                await_prompt(stream)
+            await_prompt(monitor)
+            monitor.send(b"system_powerdown\n")
+            await_prompt(monitor)
 
     def obey_power_button(self) -> None:
         """Have the guest obey the power button; until it is told, it ignores it."""
@@ -233,7 +231,7 @@ class Instance:
 
     def is_monitored(self) -> object:
         """Tell whether the daemon that runs has connected to the QEMU that runs."""
-        connected = rf"{self.name}: connected to .* pid {self.pid}\n"
+        connected = rf"{self.name}: connected to .* pid {self.pid} "
         return re.search(rf" pid={daemon_pid()} .* {connected}", LOG_FILE.read_text())
 
     def verdicts(self) -> list[str]:
@@ -246,11 +244,14 @@ class Instance:
         expect("verdicts", self.verdicts(), list(wanted))
 
 
-def await_prompt(monitor: BinaryIO) -> None:
+def await_prompt(monitor: socket.socket) -> None:
     """Read from QEMU's monitor until it waits for a command."""
     text = b""
     while not text.endswith(b"(qemu) "):
-        text += monitor.read(1)
+        piece = monitor.recv(4096)
+        if not piece:
+            raise AssertionError(f"the monitor is gone, after {text!r}")
+        text += piece
 
 
 @contextlib.contextmanager
@@ -266,12 +267,6 @@ def waiting_for_end(pid: int) -> Iterator[None]:
 
 
 # ---- The daemon ----------------------------------------------------------------------
-
-
-def built_package() -> Path:
-    """Return the newest package that `make deb` left."""
-    packages = (CHECKOUT / "dist").glob("ganeti-kvmd_*_all.deb")
-    return max(packages, key=lambda package: package.stat().st_mtime)
 
 
 def daemon_util(action: str) -> None:

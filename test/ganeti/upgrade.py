@@ -19,11 +19,12 @@ from concurrent.futures.thread import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGKILL
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "package"))
+
 from cluster import (
     DOMAIN,
     LOG_FILE,
     Instance,
-    built_package,
     create_cluster,
     daemon_pid,
     expect,
@@ -31,6 +32,7 @@ from cluster import (
     wait_until,
     which_daemon,
 )
+from packages import our_package
 from scenario import all_hold, report
 
 DPKG_LOG = Path("/var/log/dpkg.log")
@@ -98,7 +100,7 @@ class Node:
         self._kill("killed-purged")
 
     def installing_again_restarts_in_place_on_the_new_python(self) -> None:
-        run("apt-get", "install", "-qq", "-y", "--reinstall", str(built_package()))
+        run("apt-get", "install", "-qq", "-y", "--reinstall", str(our_package()))
         self.the_upgrade_leaves_the_daemon_and_its_connections()
         program = Path(f"/proc/{self._daemon}/exe").readlink()
         expect("program", program, Path("/usr/bin/python3").resolve())
@@ -160,7 +162,7 @@ def main() -> int:
     """Take the road; return 0 if all holds on it."""
     start = time.monotonic()
     create_cluster()
-    run("dpkg", "--install", str(built_package()))
+    run("dpkg", "--install", str(our_package()))
     expect("daemon", which_daemon(), "ours")
     moments = [*(f"at-{package}" for package in MILESTONES)]
     moments += ["before", "upgraded", "purged", "restarted"]

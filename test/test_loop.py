@@ -1,0 +1,115 @@
+"""The loop's parts: timers, waiting, signals, the limit on stalls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from deadline import wait_until
+
+from kvmd_loop import LONGEST_WAIT, NEVER, STALL_LIMIT, Loop, Signals, limited_stalls
+
+
+class Timed:
+    """What has a timer."""
+
+    due: float | None = None
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """Return a loop with nothing to wait for."""
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def test_the_limit_on_stalls_ends_with_what_it_was_for_also_by_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timers: list[tuple[float, ...]] = []
+    monkeypatch.setattr(signal, "setitimer", lambda _, *timer: timers.append(timer))
+    with pytest.raises(ZeroDivisionError), limited_stalls():
+        _ = 1 / 0
+    assert timers == [(STALL_LIMIT, STALL_LIMIT), (0,)]
+
+
+def test_no_timer_looks_at_the_clock(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = Timed()
+    loop.set_timer(owner, 3600)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert not list(loop.expired())
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    loop.set_timer(owner, 0.05)
+    assert loop.next_timer() - time.monotonic() < 0.05
+    wait_until(lambda: list(loop.expired()) == [owner], "the timer")
+
+
+def test_of_several_timers_of_one_owner_the_last_counts(loop: Loop) -> None:
+    owner, other = Timed(), Timed()
+    loop.set_timer(owner, 0)
+    loop.set_timer(other, 0)
+    loop.set_timer(owner, 3600)
+    assert list(loop.expired()) == [other]
+    assert loop.next_timer() == owner.due
+    owner.due = None
+    assert loop.next_timer() == NEVER
+
+
+def test_timers_expire_in_the_order_in_which_they_are_due(loop: Loop) -> None:
+    owners = [Timed() for _ in range(3)]
+    for owner, seconds in zip(owners, (-1, -3, -2)):
+        loop.set_timer(owner, seconds)
+    assert list(loop.expired()) == [owners[1], owners[2], owners[0]]
+
+
+def test_what_can_be_read_ends_the_wait(loop: Loop) -> None:
+    reader, writer = os.pipe()
+    with open(reader) as file, open(writer, "w") as other:
+        loop.register(file, "handler")
+        assert loop.wait(0) == []
+        other.write("x")
+        other.flush()
+        assert loop.wait(NEVER) == ["handler"]
+        assert loop.registered == 1
+        loop.unregister(file)
+        loop.unregister(file)
+        assert loop.registered == 0
+
+
+def test_a_short_wait_ends_in_time(loop: Loop) -> None:
+    deadline = time.monotonic() + 0.0002
+    loop.wait(deadline)
+    assert time.monotonic() >= deadline
+
+
+def test_a_wait_is_no_longer_than_the_kernel_can_count(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(
+        "selectors.DefaultSelector.select",
+        lambda _self, seconds: waits.append(seconds) or [],
+    )
+    loop.wait(NEVER)
+    assert waits == [LONGEST_WAIT]
+
+
+def test_each_signal_that_has_come_is_read_once() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = Signals([signal.SIGUSR1])
+    try:
+        assert signals.read() == set()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.read() == {signal.SIGUSR1}
+        assert signals.read() == set()
+    finally:
+        os.close(signal.set_wakeup_fd(-1))
+        os.close(signals.fileno())
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,460 @@
+"""The monitor of one instance, step by step, against a fake QEMU."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemon import INSTANCE
+from deadline import wait_until
+from fake_qemu import FakeQemu, event_line
+
+from kvmd_connection import CREDIT, HOSTILE_PAUSE
+from kvmd_journal import Journal, read_journal
+from kvmd_log import Log
+from kvmd_loop import Loop
+from kvmd_monitor import (
+    LISTEN_DELAY,
+    PATIENCE,
+    RESERVED_DESCRIPTORS,
+    Monitor,
+    Phase,
+    Surroundings,
+)
+from kvmd_shutdown_file import ShutdownFile
+from kvmd_systemd import DescriptorStore, Notifier
+
+UNINTERESTING = event_line("VNC_CONNECTED", server={}, client={})
+POWERDOWN = event_line("POWERDOWN")
+RESET = event_line("RESET")
+USER_SHUTDOWN = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
+GREETING = b'{"QMP": {}}\r\n'
+
+
+def ready(surroundings: Surroundings) -> bool:
+    """Tell whether there is something to read."""
+    return surroundings.loop.wait(0) != []
+
+
+def read_all(monitor: Monitor, surroundings: Surroundings) -> None:
+    """Read as often as the loop would have it read."""
+    while ready(surroundings):
+        assert monitor.receive()
+
+
+def connect_to(
+    peer: socket.socket, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> Monitor:
+    """Return a monitor that has this for its new connection."""
+    monkeypatch.setattr(surroundings, "connect", lambda _path: peer)
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    return monitor
+
+
+# ---- Connecting ----------------------------------------------------------------------
+
+
+def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.crash()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    monitor.connect()
+    later = time.monotonic() + PATIENCE
+    long_after = later + PATIENCE
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    monitor.connect()
+    assert monitor.phase is Phase.DEAD
+    fake_qemu.bind()
+    monkeypatch.setattr(time, "monotonic", lambda: long_after)
+    monitor.connect()  # as a rescan does
+    assert monitor.phase.value == "connecting"
+    assert surroundings.loop.next_timer() == long_after + LISTEN_DELAY
+
+
+def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delays: list[float] = []
+    monkeypatch.setattr(
+        surroundings.loop, "set_timer", lambda _monitor, seconds: delays.append(seconds)
+    )
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    for _ in range(13):
+        monitor.connect()
+    assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
+    assert delays[-2:] == [1.0, 1.0]
+
+
+def test_a_monitor_that_is_closed_waits_for_nothing(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    monitor.close()
+    monitor.phase = Phase.ENDED
+    later = time.monotonic() + PATIENCE
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert not list(surroundings.overdue())
+    assert surroundings.loop.registered == 0
+
+
+def test_a_peer_that_does_not_greet_in_time_is_overdue_once(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    assert not list(surroundings.overdue())
+    later = surroundings.next_overdue()
+    assert later == monitor.since + PATIENCE
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert list(surroundings.overdue()) == [monitor]
+    monitor.on_overdue()
+    assert monitor.phase is Phase.SILENT
+    assert not list(surroundings.overdue())
+    monitor.close()
+
+
+@pytest.mark.parametrize("way", ["abandoned", "restored"])
+def test_a_guest_is_not_alive_in_a_connection_for_having_been_in_an_earlier_one(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu, way: str
+) -> None:
+    record = json.loads(json.dumps(monitor.record()))
+    monitor.abandon()
+    fake_qemu.disconnect()
+    if way == "restored":
+        monitor = Monitor.restore(record, None, surroundings)
+    fake_qemu.shutdown_file.touch()
+    monitor.connect()
+    fake_qemu.accept()
+    fake_qemu.disconnect()
+    while monitor.receive():
+        pass
+    assert fake_qemu.shutdown_file.exists(), "no verdict without a greeting"
+
+
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+def chmod(path: Path) -> None:
+    path.chmod(0o700)
+
+
+def rename_away_and_back(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+    path.with_suffix(".away").rename(path)
+
+
+def rename_over_itself(path: Path) -> None:
+    path.rename(path)
+
+
+def link(path: Path) -> None:
+    os.link(path, path.with_suffix(".link"))
+
+
+def rename_directory_and_back(path: Path) -> None:
+    away = path.parent.with_name("away")
+    path.parent.rename(away)
+    away.rename(path.parent)
+
+
+DISTURBANCES = [
+    *(touch, chmod, rename_away_and_back, rename_over_itself, link),
+    rename_directory_and_back,
+]
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES)
+def test_whatever_is_done_to_the_socket_file_the_qemu_is_the_same(
+    monitor: Monitor, fake_qemu: FakeQemu, disturb: object
+) -> None:
+    assert monitor.is_of_socket()
+    disturb(fake_qemu.path)  # type: ignore[operator]
+    assert monitor.is_of_socket()
+
+
+def test_a_socket_made_anew_is_a_new_qemus(
+    monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    for _ in range(120):
+        with FakeQemu(fake_qemu.path.parent, INSTANCE) as new:
+            new.bind()
+            assert not monitor.is_of_socket()
+
+
+def test_of_a_new_qemu_nothing_is_known(
+    surroundings: Surroundings, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    monitor.guest.on_event("POWERDOWN", None, None)
+    monitor.connect()
+    assert monitor.guest.powerdown_requested
+    fake_qemu.bind()
+    monitor.connect()
+    assert not monitor.guest.powerdown_requested
+
+
+def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    limit = RESERVED_DESCRIPTORS + 1
+    log, store = Log(None, []), DescriptorStore(Notifier({}))
+    surroundings = Surroundings(str(control_dir), log, Loop(), store, limit)
+    surroundings.journal = Journal("/none", "", log, lambda: [], lambda: [])
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    fake_qemu.accept()
+    fake_qemu.send_descriptor(UNINTERESTING, 0)
+    assert monitor.receive()
+    assert surroundings.loop.registered == 0
+    with pytest.raises(OSError) as caught:
+        surroundings.connect(monitor.path)
+    assert caught.value.errno == errno.EMFILE
+    monitor.close()
+    surroundings.connect(monitor.path).close()
+    surroundings.loop.close()
+
+
+# ---- Listening -----------------------------------------------------------------------
+
+
+def test_what_had_arrived_counts_though_sending_fails(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.bind()
+    ours, theirs = socket.socketpair()
+    theirs.send(GREETING + b'{"return": {}}\r\n' + USER_SHUTDOWN.rstrip())
+    theirs.close()
+    with pytest.raises(BrokenPipeError):
+        ours.send(b"as the daemon's commands will fare")
+    monitor = connect_to(ours, surroundings, monkeypatch)
+    while monitor.receive():
+        pass
+    assert fake_qemu.shutdown_file.exists()
+
+
+def test_what_had_arrived_counts_though_the_peer_left_something_unread(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.bind()
+    ours, theirs = socket.socketpair()
+    monitor = connect_to(ours, surroundings, monkeypatch)
+    theirs.send(GREETING + USER_SHUTDOWN)
+    theirs.close()  # with the commands unread: ECONNRESET
+    while monitor.receive():
+        pass
+    assert fake_qemu.shutdown_file.exists()
+
+
+def test_the_last_ruling_of_one_read_stands_for_all(
+    monitor: Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried_out: list[object] = []
+    carry_out = ShutdownFile.carry_out
+
+    def note(file: ShutdownFile, ruling: object, event: object) -> None:
+        carried_out.append(ruling)
+        carry_out(file, ruling, event)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ShutdownFile, "carry_out", note)
+    fake_qemu.send((USER_SHUTDOWN + RESET) * 10 + USER_SHUTDOWN)
+    monitor.receive()
+    assert list(map(str, carried_out)) == ["verdict=user cause=guest-shutdown"]
+
+
+def test_a_pending_file_makes_no_peer_look_silent(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "patched")
+
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    fake_qemu.negotiate()
+    while monitor.phase is not Phase.CONNECTED:
+        monitor.receive()
+    monkeypatch.setattr(os, "unlink", fail)
+    fake_qemu.disconnect()
+    while monitor.receive():
+        pass
+    assert monitor.file.is_pending
+    monitor.on_timer()  # connects, and tries to remove the file
+    monitor.on_timer()
+    assert monitor.phase.value == "awaiting greeting"
+    monkeypatch.undo()
+    monitor.close()
+
+
+# ---- A peer that costs ---------------------------------------------------------------
+
+
+def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    warnings: list[str] = []
+    surroundings.log.sinks.append(lambda _level, line: warnings.append(line))
+    fake_qemu.send_descriptor(UNINTERESTING, 0)
+    assert monitor.receive()
+    surroundings.log.flush()
+    assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
+    fake_qemu.send(UNINTERESTING)
+    assert not ready(surroundings)
+    remaining = surroundings.loop.next_timer() - time.monotonic()
+    assert HOSTILE_PAUSE / 2 < remaining <= HOSTILE_PAUSE
+    monitor.on_timer()
+    assert ready(surroundings)
+
+
+def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.send(event_line("RESET") * 500)
+    read_all(monitor, surroundings)
+    assert monitor.receive(), "all was read"
+    wait_until(lambda: monitor in surroundings.loop.expired(), "its timer")
+    monitor.on_timer()
+    assert ready(surroundings)
+
+
+def test_a_long_line_counts_as_parsed_from_its_start(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.send(event_line("RESET", data="x" * 60000))
+    read_all(monitor, surroundings)
+    assert monitor in surroundings.paused
+
+
+def test_of_a_closed_connection_nothing_is_kept(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.send_descriptor(UNINTERESTING, 0)
+    assert monitor.receive()
+    assert surroundings.paused == {monitor}
+    monitor.close()
+    assert not surroundings.paused
+
+
+def test_a_peer_with_nothing_to_parse_is_never_left_alone(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    for _ in range(100):
+        fake_qemu.send(UNINTERESTING * 500)
+        read_all(monitor, surroundings)
+    assert not monitor.receive()
+
+
+def test_a_peer_that_has_paid_is_heard_at_once(
+    surroundings: Surroundings,
+    monitor: Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_qemu.send(event_line("RESET") * 500)
+    read_all(monitor, surroundings)
+    later = time.monotonic() + 2 * CREDIT
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    monitor.on_timer()
+    monitor.receive()
+    assert monitor not in surroundings.paused
+
+
+# ---- The record ----------------------------------------------------------------------
+
+
+def steps(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Monitor]:
+    """Take a monitor through all that may change what is to be known of it."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "patched")
+
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    yield monitor
+    monitor.on_overdue()
+    yield monitor
+    fake_qemu.accept()
+    fake_qemu.greet()
+    monkeypatch.setattr(os, "mknod", fail)
+    for word in (
+        *(UNINTERESTING, b"{}\r\n"),
+        b'{"id": "kvmd-status", "return": {"status": "running"}}\r\n',
+        *(UNINTERESTING, POWERDOWN, UNINTERESTING, RESET, USER_SHUTDOWN),
+    ):
+        fake_qemu.send(word)
+        monitor.receive()
+        yield monitor
+    monkeypatch.undo()
+    monitor.on_timer()
+    yield monitor
+    fake_qemu.exit()
+    monitor.receive()
+    yield monitor
+
+
+def test_the_record_in_the_journal_is_how_an_instance_stands(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for monitor in steps(surroundings, fake_qemu, monkeypatch):
+        records = read_journal(surroundings.journal.path).records
+        assert records[INSTANCE] == json.loads(json.dumps(monitor.record()))
+    assert monitor.phase is Phase.GONE
+
+
+def test_a_restored_monitor_has_the_same_record(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.send(POWERDOWN)
+    monitor.receive()
+    record = json.loads(json.dumps(monitor.record()))
+    assert monitor.connection is not None
+    connected = monitor.connection.socket.dup()
+    monitor.close()
+    successor = Monitor.restore(record, connected, surroundings)
+    assert json.loads(json.dumps(successor.record())) == record
+    successor.close()
+
+
+def test_a_socket_without_a_connection_so_far_is_worth_no_record(
+    surroundings: Surroundings, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor.connect()
+    assert not read_journal(surroundings.journal.path).records
+
+
+def test_a_guest_that_went_down_unobserved_counts_as_crashed(
+    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    lines: list[str] = []
+    surroundings.log.sinks.append(lambda _level, line: lines.append(line))
+    record = json.loads(json.dumps(monitor.record()))
+    monitor.close()
+    fake_qemu.exit()
+    successor = Monitor.restore(record, None, surroundings)
+    successor.connect()
+    surroundings.log.flush()
+    assert "went down while it was not monitored" in lines[-2]
+    assert " verdict=not-user cause=unobserved " in lines[-1]
+    assert successor.file.judgement.file == "none"
