@@ -211,7 +211,7 @@ class Monitor:
         Whatever else may have been done to the file, it is the same QEMU's.
         """
         status = socket_status(self.path)
-        if status is None:
+        if status is None or self.identity is None:
             return False
         if status != self._status:
             if hash(socket_identity(self.path)) != self.identity:
@@ -383,7 +383,7 @@ class Monitor:
                 log.debug(f"{self.instance}: <-- {line!r}")
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
-        guest = self.guest.export() if messages else None
+        guest = self.guest.state()
         last = None
         for message in messages:
             ruling = self._take_message(message)
@@ -391,7 +391,7 @@ class Monitor:
         if last is not None:
             self.file.carry_out(*last)
             self._follow_file()
-        if messages and self.guest.export() != guest:
+        if self.guest.state() != guest:
             self._is_saved = False
         if connection.export_kept() != kept:
             self._is_saved = False
@@ -447,7 +447,7 @@ class Monitor:
         self.phase = phase
         self.since = time.monotonic()
         self._is_saved = False
-        if phase in {Phase.GONE, Phase.DEAD}:
+        if phase is Phase.GONE or phase is Phase.DEAD:
             self._judge_unobserved_end()
 
     # The verdict.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import operator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,6 +133,10 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+#: Returns the values of a guest's attributes, in that order.
+STATE = operator.attrgetter(*TYPES)
+
+
 class Guest:
     """What is known of the guest of one QEMU process: a state machine without I/O."""
 
@@ -198,10 +203,15 @@ class Guest:
             cause += f",watchdog-{self.watchdog_action}"
         return Ruling(Verdict.NOT_USER, cause)
 
+    def state(self) -> tuple[object, ...]:
+        """Return the state, to be compared with another one."""
+        return STATE(self)
+
     def export(self) -> dict[str, object]:
         """Return the state as JSON can hold it."""
-        record = {name: getattr(self, name) for name in TYPES}
-        return {**record, "ruling": self.ruling and self.ruling.export()}
+        record = dict(zip(TYPES, self.state()))
+        record["ruling"] = self.ruling and self.ruling.export()
+        return record
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Guest:
