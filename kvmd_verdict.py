@@ -109,6 +109,8 @@ NOT_USER_REASONS = {
     "host-ui",
     "host-error",
 }
+#: All that is named as the cause; of any other reason counts only if the guest did it.
+REASONS = {"guest-shutdown", *NOT_USER_REASONS}
 #: What in the state of the guest speaks against its user, by the cause that SHUTDOWN
 #: names: the reason guest-shutdown; only that the guest did it (QEMU 2.10 to 3.1); none
 #: (older ones). Any other cause is not the user.
@@ -259,6 +261,6 @@ def cause_of_shutdown(data: object) -> str:
     if not isinstance(data, dict):
         return "malformed"
     reason = data.get("reason")
-    if isinstance(reason, str) and reason in {"guest-shutdown", *NOT_USER_REASONS}:
+    if isinstance(reason, str) and reason in REASONS:
         return reason
     return "guest" if data.get("guest") is True else "not-guest"
