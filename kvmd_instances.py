@@ -135,8 +135,10 @@ class Instances:
 
     def _look_for(self, instance: str) -> None:
         """Monitor the instance's best socket, unless that is monitored already."""
-        suffix = self._best_suffix(instance)
         monitor = self.monitors.get(instance)
+        if monitor and monitor.suffix == self._suffixes[0] and monitor.is_of_socket():
+            return
+        suffix = self._best_suffix(instance)
         if suffix is None:
             return
         if monitor is not None and suffix == monitor.suffix:

@@ -211,7 +211,7 @@ class Monitor:
         Whatever else may have been done to the file, it is the same QEMU's.
         """
         status = socket_status(self.path)
-        if status is None:
+        if status is None or self.identity is None:
             return False
         if status != self._status:
             if hash(socket_identity(self.path)) != self.identity:
@@ -391,7 +391,7 @@ class Monitor:
                 log.debug(f"{self.instance}: <-- {line!r}")
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
-        guest = self.guest.export() if messages else None
+        guest = self.guest.state()
         last = None
         for message in messages:
             ruling = self._take_message(message)
@@ -399,7 +399,7 @@ class Monitor:
         if last is not None:
             self.file.carry_out(*last)
             self._follow_file()
-        if messages and self.guest.export() != guest:
+        if self.guest.state() != guest:
             self._is_saved = False
         if connection.export_kept() != kept:
             self._is_saved = False
@@ -455,7 +455,7 @@ class Monitor:
         self.phase = phase
         self.since = time.monotonic()
         self._is_saved = False
-        if phase in {Phase.GONE, Phase.DEAD}:
+        if phase is Phase.GONE or phase is Phase.DEAD:
             self._judge_unobserved_end()
 
     # The verdict.
@@ -480,10 +480,14 @@ class Monitor:
     # The record.
 
     def _save(self) -> None:
-        """Have the journal in line with how things stand."""
-        if not self._is_saved:
-            self._is_saved = True
+        """Have the journal in line with how things stand.
+
+        Of an instance that is gone, its owner has the journal take note.
+        """
+        is_gone = self.phase is Phase.GONE and self.is_idle()
+        if not self._is_saved and not is_gone:
             self._surroundings.journal.write(self.record())
+        self._is_saved = True
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""
