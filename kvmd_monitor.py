@@ -329,7 +329,7 @@ class Monitor:
 
     def on_removed(self) -> None:
         """Take note that the name is gone: what stands there next may be new."""
-        if self.connection is None:
+        if self.connection is None and self.phase is not Phase.GONE:
             self._enter(Phase.GONE)
             self._save()
 
@@ -337,11 +337,14 @@ class Monitor:
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if self.connection is not None:
-            self._surroundings.loop.unregister(self.connection)
+        connection, self.connection = self.connection, None
+        self._let_go(connection)
+
+    def _let_go(self, connection: Connection | None) -> None:
+        if connection is not None:
+            self._surroundings.loop.unregister(connection)
             self._surroundings.paused.discard(self)
-            self._surroundings.store.close(self.connection.socket)
-            self.connection = None
+            self._surroundings.store.close(connection.socket)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there was anything to read."""
@@ -424,7 +427,7 @@ class Monitor:
             self.file.carry_out(ruling, None)
             self._follow_file()
         lasted = time.monotonic() - self.since
-        self.close()
+        connection, self.connection = self.connection, None
         if socket_status(self.path) is None:
             self._enter(Phase.GONE)
         elif self.guest.ruling is not None:
@@ -435,6 +438,8 @@ class Monitor:
                 self._delay = FIRST_DELAY
             self._enter(Phase.CONNECTING)
             self._try_again()
+        self._save()
+        self._let_go(connection)
 
     def abandon(self) -> None:
         """Give the connection up after an unexpected error; try again, slowly."""
@@ -453,15 +458,23 @@ class Monitor:
     # The verdict.
 
     def _judge_unobserved_end(self) -> None:
-        """Take note of a guest that went down while there was no connection."""
-        if self.connection is None and self.guest.on_end() is not None:
-            self._surroundings.log.info(
-                "went down while it was not monitored; nobody can know whose doing it"
-                " was, so it counts as a crash",
-                self.instance,
-            )
-            self.file.carry_out(Ruling(Verdict.NOT_USER, "unobserved"), None)
-            self._follow_file()
+        """Take note of a guest that went down while there was no connection.
+
+        A running guest has no shutdown file: one that is there was made by a daemon
+        that did not live to say so.
+        """
+        if self.connection is not None or self.guest.on_end() is None:
+            return
+        verdict, text = Verdict.NOT_USER, "it counts as a crash"
+        if os.path.exists(self.file.path) and not self.file.is_pending:
+            verdict, text = Verdict.USER, "its shutdown file counts"
+        self._surroundings.log.info(
+            "went down while it was not monitored; nobody can know whose doing it was,"
+            f" so {text}",
+            self.instance,
+        )
+        self.file.carry_out(Ruling(verdict, "unobserved"), None)
+        self._follow_file()
 
     def _follow_file(self) -> None:
         """Take note of what became of the shutdown file."""
@@ -475,7 +488,10 @@ class Monitor:
         """Have the journal in line with how things stand."""
         if not self._is_saved:
             self._is_saved = True
-            self._surroundings.journal.write(self.record())
+            if self.phase is Phase.GONE and self.is_idle():
+                self._surroundings.journal.forget(self.record())
+            else:
+                self._surroundings.journal.write(self.record())
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""

@@ -101,8 +101,8 @@ SINCE_THE_RECORD_IS_WRITTEN = [
     'die("after", kvmd_connection.Connection, "take")',
 ]
 AT_THE_END = [
-    'die("before", kvmd_monitor.Monitor, "close")',
-    'die("after", kvmd_monitor.Monitor, "close")',
+    'die("before", kvmd_systemd.DescriptorStore, "close")',
+    'die("after", kvmd_systemd.DescriptorStore, "close")',
 ]
 
 StartDeadly = Callable[[bytes, str], Service]
