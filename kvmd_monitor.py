@@ -236,7 +236,6 @@ class Monitor:
             self._wait(error)
             self._save()
         else:
-            self.guest.on_connect()
             self._adopt(connected, Protocol())
             self._negotiate()
 
@@ -421,8 +420,11 @@ class Monitor:
         return self.guest.on_event(message.name, message.data, message.time)
 
     def _end(self) -> None:
-        """Take the end of the connection."""
-        ruling = self.guest.on_end()
+        """Take the end of the connection.
+
+        One without a greeting may be to the tail of a QEMU, and says nothing.
+        """
+        ruling = self.guest.on_end() if self.phase is Phase.CONNECTED else None
         if ruling is not None:
             self.file.carry_out(ruling, None)
             self._follow_file()
