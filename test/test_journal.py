@@ -159,7 +159,10 @@ def test_of_many_instances_that_are_gone_the_latest_are_kept(written: Owner) -> 
 # ---- Writing it anew -----------------------------------------------------------------
 
 
-NAMES = [INSTANCE, 'a", "b', '", "removed": true', "\n", "\udcff", "{}", "\\"]
+NAMES = [
+    *(INSTANCE, 'a", b', 'a", c', 'a", "b', 'a", "c', '", "removed": true'),
+    *("\n", "\udcff", "{}", "\\"),
+]
 
 
 def test_written_anew_it_has_the_last_record_of_each_and_nothing_of_the_removed(
