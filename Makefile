@@ -105,6 +105,14 @@ check-upgrade: deb need-debootstrap ## upgrade a node of Debian 12 to 13 (as roo
 	test/world/enter bookworm test/ganeti/upgrade trixie
 .PHONY: check-ganeti check-upgrade
 
+# The release whose systemd is booted.
+SYSTEMD = trixie
+check-systemd: deb ## try the package under a real systemd, in namespaces (as root)
+	@$(call install-packages,debootstrap,debootstrap)
+	test/package/ganeti-with-units
+	test/boot/boot $(SYSTEMD) python3 test/boot/check.py
+.PHONY: check-systemd
+
 # Options of the benchmark: make bench BENCH="--only verdict --repetitions 5"
 BENCH =
 bench: need-bench ## measure beside Ganeti's own daemon and a floor in C (as root)

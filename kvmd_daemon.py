@@ -88,6 +88,8 @@ class Daemon:
         self._loop.register(self._signals, self)
         with limited_stalls():
             self._take_over(earlier, sockets)
+            if earlier.header.get("pid") == os.getpid():
+                self._journal.started = earlier.header["started"]
             for connected in sockets.values():
                 # What nobody knows of would keep QEMU from another connection.
                 self._surroundings.store.close(connected)

@@ -237,6 +237,9 @@ def read_journal(path: str) -> Contents:
     header = parse_object(lines[0])
     if header.get("format") != FORMAT:
         raise ValueError(f"not of format {FORMAT}")
+    discarded, started = header.get("discarded"), header.get("started")
+    if not isinstance(discarded, list) or not isinstance(started, float):
+        raise ValueError("a header without its members")
     if header.get("boot") != boot_id():
         raise ValueError("from before the last boot")
     return Contents(header, *parse_records(lines[1:-1]))

@@ -141,7 +141,7 @@ class Surroundings:
         """Return when the next peer has been silent for too long."""
         while self._ungreeted:
             monitor = self._ungreeted[0]
-            if monitor.phase is Phase.AWAITING_GREETING:
+            if monitor.connection and monitor.phase is Phase.AWAITING_GREETING:
                 return monitor.since + PATIENCE
             self._ungreeted.popleft()
         return NEVER

@@ -1,5 +1,5 @@
 """The program's name and its version, for all modules."""
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 DAEMON_NAME = "ganeti-kvmd"
 

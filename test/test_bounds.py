@@ -27,7 +27,6 @@ from namespace import (
 from status import status_table
 from variant import program_with
 
-
 AS_ON_A_NODE = "sys.argv.remove('--debug')"
 
 
@@ -316,7 +315,7 @@ def test_watches_that_run_out_on_the_way_are_fallen_back_from(
 def test_an_idle_daemon_sleeps(
     control_dir: Path, fake_qemu: FakeQemu, interval: int
 ) -> None:
-    program = program_with(control_dir.parent, "kvmd.PATIENCE = 0.2")
+    program = program_with(control_dir.parent, "kvmd_monitor.PATIENCE = 0.2")
     silent, dead = (FakeQemu(control_dir, name) for name in ("silent", "dead"))
     # All listen before the daemon starts: its patience with a bound socket is short.
     fake_qemu.listen()

@@ -18,12 +18,13 @@ from fake_qemu import FakeQemu, event_line
 from status import status_table, wait_for_status
 from variant import program_with
 
+from kvmd_socket import LONGEST_SOCKET_PATH
 
 SOCKET = f"{INSTANCE}.kvmd"
 
 # Half a second stands for the ten that the daemon waits for a listener or a greeting,
 # and a twentieth for the fifteen between two rescans.
-IMPATIENT = "kvmd.PATIENCE = 0.5"
+IMPATIENT = "kvmd_monitor.PATIENCE = 0.5"
 RESCAN = "--rescan-interval=0.05"
 
 StartFakeQemu = Callable[..., FakeQemu]
@@ -460,7 +461,7 @@ def test_auto_goes_back_to_the_qmp_when_the_kvmd_is_gone(
 def test_a_single_suffix_uses_that_socket_only_and_at_once(
     control_dir: Path, make_fake_qemu: StartFakeQemu, suffix: str, other: str
 ) -> None:
-    program = program_with(control_dir.parent, "kvmd.SETTLING_TIME = 3600.0")
+    program = program_with(control_dir.parent, "kvmd_instances.SETTLING_TIME = 3600.0")
     with Daemon(control_dir, "--socket-suffix", suffix, program=program) as daemon:
         ignored = make_fake_qemu("ignored", other)
         ignored.listen()
@@ -549,3 +550,49 @@ def test_a_path_of_107_bytes_is_connected_and_a_longer_one_told_of_once(
         wait_for_rescan(impatient, make_fake_qemu("other"))
         assert set(status_table(impatient)) == {f"{name}.kvmd", "other.kvmd"}
         assert impatient.log.count(f"{long_name}.kvmd: ignored") == 1
+
+
+# ---- A .qmp that is left to Ganeti ---------------------------------------------------
+
+
+def test_a_qmp_is_left_to_ganeti_while_qemu_listens_on_a_removed_kvmd(
+    control_dir: Path, make_fake_qemu: StartFakeQemu
+) -> None:
+    qmp, kvmd = make_fake_qemu(INSTANCE, ".qmp"), make_fake_qemu(INSTANCE, ".kvmd")
+    qmp.listen()
+    kvmd.listen()
+    kvmd.path.unlink()
+    with Daemon(control_dir) as daemon:
+        daemon.wait_for_log(
+            f" WARNING .*{INSTANCE}.qmp: left to Ganeti, .*"
+            f" gnt-instance reboot {INSTANCE}$"
+        )
+        assert not is_called_on(qmp)
+        kvmd.exit()
+        kvmd.listen()
+        kvmd.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        power_off(daemon, kvmd)
+        daemon.stop()
+
+
+def test_a_qmp_that_is_used_for_want_of_a_kvmd_is_worth_a_warning(
+    daemon: Daemon, make_fake_qemu: StartFakeQemu
+) -> None:
+    qmp = make_fake_qemu(INSTANCE, ".qmp")
+    qmp.listen()
+    qmp.negotiate()
+    daemon.wait_for_log(f" INFO {INSTANCE}: connected .*{INSTANCE}.qmp$")
+    daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: used, since there is no ")
+
+
+def test_a_kvmd_with_too_long_a_path_does_not_hide_the_qmp(
+    daemon: Daemon, control_dir: Path, make_fake_qemu: StartFakeQemu
+) -> None:
+    name, unreachable = bind_with_path_of(LONGEST_SOCKET_PATH + 1, control_dir)
+    with unreachable:
+        qmp = make_fake_qemu(name, ".qmp")
+        qmp.listen()
+        qmp.negotiate()
+        daemon.wait_until_connected(name)
+        daemon.wait_for_log(f" WARNING .*{name}.kvmd: ignored, for its path is longer ")

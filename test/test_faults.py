@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import signal
@@ -22,8 +21,6 @@ from namespace import (
 )
 from status import status_table, wait_for_status
 from variant import program_with
-
-import kvmd_monitor
 
 SOCKET = f"{INSTANCE}.kvmd"
 
@@ -499,16 +496,3 @@ def test_another_users_socket_is_served_like_any(
     daemon.wait_until_connected(INSTANCE)
     assert " verdict=user " in end_by_user(daemon, fake_qemu)
     assert fake_qemu.shutdown_file.stat().st_uid == 0
-
-
-def test_a_shutdown_file_planted_anew_each_time_is_given_up_for_a_while(
-    control_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = control_dir / "a.shutdown"
-    path.symlink_to("x")
-    warnings: list[str] = []
-    monkeypatch.setattr(os, "unlink", lambda _path: None)
-    with pytest.raises(OSError, match="planted again and again") as error:
-        kvmd_monitor.create_shutdown_file(str(path), warnings.append)
-    assert error.value.errno == errno.EEXIST
-    assert all(str(path) in warning for warning in warnings) and warnings

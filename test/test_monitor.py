@@ -103,7 +103,6 @@ def test_a_monitor_that_is_closed_waits_for_nothing(
     monitor = Monitor(INSTANCE, ".kvmd", surroundings)
     monitor.connect()
     monitor.close()
-    monitor.phase = Phase.ENDED
     later = time.monotonic() + PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not list(surroundings.overdue())
@@ -457,4 +456,5 @@ def test_a_guest_that_went_down_unobserved_counts_as_crashed(
     surroundings.log.flush()
     assert "went down while it was not monitored" in lines[-2]
     assert " verdict=not-user cause=unobserved " in lines[-1]
-    assert successor.file.judgement.file == "none"
+    judgement = successor.file.judgement
+    assert judgement is not None and judgement.file == "none"

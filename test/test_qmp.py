@@ -200,6 +200,15 @@ def test_text_that_looks_like_an_event_is_none(
     assert receive(negotiated, [line.encode()]) == []
 
 
+def test_client_negotiates_and_asks_for_the_status() -> None:
+    lines = kvmd_qmp.COMMANDS.split(b"\r\n")
+    assert lines.pop() == b""
+    assert [json.loads(line) for line in lines] == [
+        {"execute": "qmp_capabilities"},
+        {"execute": "query-status", "id": "kvmd-status"},
+    ]
+
+
 @pytest.mark.parametrize("name", sorted(INTERESTING))
 def test_every_event_that_matters_is_returned(negotiated: Protocol, name: str) -> None:
     line = UNINTERESTING.replace(b"BLOCK_IO_ERROR", name.encode())
@@ -384,6 +393,11 @@ def test_json_is_parsed_for_an_interesting_event_but_not_for_its_neighbours(
         POWEROFF_EVENT
     ]
     assert count_parsed() == 1
+
+
+def test_little_is_read_at_a_time_at_first(negotiated: Protocol) -> None:
+    for protocol in (Protocol(), restarted(negotiated)):
+        assert protocol.read_size == kvmd_qmp.CAREFUL_READ_SIZE
 
 
 def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from daemon import INSTANCE, ROOT, Daemon
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 from status import status_table, wait_for_status
+
+from kvmd_log import Log
+from kvmd_restart import Restart
 
 
 @pytest.fixture
@@ -177,3 +182,78 @@ def test_a_state_of_another_form_is_dropped_with_a_warning(
     qemu.wait_until_client_leaves()
     qemu.negotiate()
     assert cause_of_verdict(daemon, qemu) == "verdict=user cause=guest-shutdown"
+
+
+# ---- The trial of the new program ----------------------------------------------------
+
+
+def trial_of(code: str, log: Log) -> Restart:
+    """Return a restart whose new program is this code."""
+    return Restart([sys.executable, "-Sc", code], log)
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """Return the list of what was logged."""
+    return []
+
+
+@pytest.fixture
+def log(lines: list[str]) -> Log:
+    """Return a log that is written to the list."""
+    return Log(None, [lambda _level, line: lines.append(line)])
+
+
+def wait_for_zombies(count: int) -> None:
+    """Wait until so many children of this process have ended, and reap none."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+    def states() -> list[str]:
+        stats = [Path(f"/proc/{pid}/stat") for pid in children.read_text().split()]
+        return [stat.read_text().rpartition(") ")[2][0] for stat in stats]
+
+    wait_until(lambda: states().count("Z") >= count, f"{count} ended children")
+
+
+def test_a_foreign_child_that_ends_together_with_the_trial_costs_no_restart(
+    log: Log,
+) -> None:
+    restart = trial_of("pass", log)
+    os.posix_spawnp("true", ["true"], os.environ)
+    restart.try_new_program()
+    os.posix_spawnp("true", ["true"], os.environ)
+    wait_for_zombies(3)
+    restart.reap()
+    assert restart.is_due
+
+
+def test_a_trial_that_fails_is_told_of_and_replaces_nothing(
+    log: Log, lines: list[str]
+) -> None:
+    restart = trial_of("raise SystemExit(3)", log)
+    restart.try_new_program()
+    wait_for_zombies(1)
+    restart.reap()
+    restart.reap()
+    assert not restart.is_due
+    log.flush()
+    assert " failed with status 3; going on with version " in lines[0]
+
+
+def test_a_second_trial_takes_the_place_of_the_first(log: Log) -> None:
+    restart = trial_of("import time; time.sleep(60)", log)
+    restart.try_new_program()
+    restart.try_new_program()
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    (trial,) = map(int, children.split())
+    os.kill(trial, signal.SIGKILL)
+    wait_for_zombies(1)
+    restart.reap()
+    assert not restart.is_due
+
+
+def test_a_program_that_is_not_there_is_told_of(log: Log, lines: list[str]) -> None:
+    restart = Restart(["/none/kvmd"], log)
+    restart.try_new_program()
+    log.flush()
+    assert " ERROR not restarting: /none/kvmd: No such file" in lines[0]

@@ -466,6 +466,13 @@ def test_missing_member_of_a_record_is_that_of_a_new_guest() -> None:
         assert Guest.restore(record).export() == {**record, name: value}
 
 
+def test_time_of_a_powerdown_without_its_request_means_nothing() -> None:
+    guest = Guest.restore({"powerdown_time": NOON})
+    assert words(guest.on_event(*POWEROFF, NOON + 2 * HOUR)) == "user guest-shutdown"
+    guest = Guest.restore({"powerdown_time": NOON})
+    assert words(guest.on_event(*POWEROFF, NOON)) == "user guest-shutdown"
+
+
 def test_unknown_member_of_a_record_is_passed_over() -> None:
     record = known_guest().export()
     assert Guest.restore({**record, "of-a-later-kvmd": 1}).export() == record

@@ -147,7 +147,7 @@ def prepare(names: list[str], directory: Path) -> list[Subject]:
         own.mkdir()
         try:
             subjects.append(PREPARATIONS[name](own))
-        except subprocess.CalledProcessError as error:
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
             print(f"without {name}: {error}", file=sys.stderr)
     return subjects
 

@@ -202,13 +202,13 @@ def measure_idle(subject: Subject) -> Figures:
     """See whether it sleeps when nothing happens, and what a rescan costs."""
     with scene(subject, 1000) as (_, process):
         figures: Figures = {"rescan": None}
-        if subject.name == "kvmd":
+        if subject.is_ours:
             # It wakes for the rescan alone: sleep through the time between two.
             wait_for_wake_up(process)
         switches = process.switches()
         time.sleep(IDLE_SECONDS)
         figures["idle"] = process.switches() - switches
-        if subject.name == "kvmd":
+        if subject.is_ours:
             cpu = process.cpu_ns()
             wait_for_wake_up(process)
             figures["rescan"] = (process.cpu_ns() - cpu) / NS_PER_MS

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,14 +23,21 @@ ROOT = HERE.parent.parent
 
 CONTROL_DIR = Path("/var/run/ganeti/kvm-hypervisor/ctrl")
 PID_FILE = Path("/var/run/ganeti/ganeti-kvmd.pid")
+STATE_FILE = Path("/var/run/ganeti/ganeti-kvmd.state")
 LOG_DIR = Path("/var/log/ganeti")
 SSCONF_DIR = Path("/var/lib/ganeti")
+
+#: The commit of this project's version 1.0.0.
+VERSION_1_0_0 = "b2012c9"
 
 #: Ganeti's own daemon in its package. What it needs is installed by `make bench`.
 HASKELL_DAEMON = "usr/lib/ganeti/*/usr/sbin/ganeti-kvmd"
 
 #: Users and groups that Ganeti's own daemon insists on finding, all of them root here.
 GANETI_NAMES = ["admin", "confd", "daemons", "luxid", "masterd", "metad", "rapi"]
+
+#: The interpreter that an installed daemon runs on.
+PYTHON = "/usr/bin/python3"
 
 CLONE_NEWNS = 0x00020000
 LONG_ENOUGH = 20.0
@@ -125,11 +132,12 @@ class Subject:
     name: str
     command: list[str]
     detaches: bool = True
-    environment: dict[str, str] = field(default_factory=dict)
+    #: This project's: it looks again at times, takes signals, and knows systemd.
+    is_ours: bool = False
 
-    def start(self) -> Process:
+    def start(self, **environment: str) -> Process:
         """Start it as an init script does; return when it says that it runs."""
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **environment}
         executed = time.monotonic_ns()
         pid = os.posix_spawn(self.command[0], self.command, environment)
         if self.detaches:
@@ -173,20 +181,37 @@ def prepare_haskell(directory: Path) -> Subject:
     return Subject("haskell", [str(daemon)])
 
 
+def prepare_version_1_0_0(directory: Path) -> Subject:
+    """Install this project's version 1.0.0, from the history."""
+    source = directory / "source"
+    source.mkdir()
+    archive = subprocess.run(
+        ["git", "-C", ROOT, "archive", VERSION_1_0_0],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(["tar", "-x", "-C", source], input=archive.stdout, check=True)
+    return install("1.0.0", source, directory)
+
+
 def prepare_kvmd(directory: Path) -> Subject:
+    """Install this project's daemon as it is in this tree."""
+    return install("kvmd", ROOT, directory)
+
+
+def install(name: str, source: Path, directory: Path) -> Subject:
     """Install this project's daemon, byte-compiled as its package has it."""
     subprocess.run(
-        ["make", "--quiet", "-C", ROOT, "install", f"PREFIX={directory}"], check=True
+        ["make", "--quiet", "-C", source, "install", f"PREFIX={directory}"], check=True
     )
-    subprocess.run(
-        ["/usr/bin/python3", "-m", "compileall", "-q", directory], check=True
-    )
-    return Subject("kvmd", [str(directory / "sbin" / "ganeti-kvmd")])
+    subprocess.run([PYTHON, "-m", "compileall", "-q", directory], check=True)
+    return Subject(name, [str(directory / "sbin" / "ganeti-kvmd")], is_ours=True)
 
 
 PREPARATIONS = {
     "haskell": prepare_haskell,
     "floor": prepare_floor,
+    "1.0.0": prepare_version_1_0_0,
     "kvmd": prepare_kvmd,
 }
 
@@ -228,5 +253,6 @@ def clear_node() -> None:
     for path in CONTROL_DIR.iterdir():
         path.unlink()
     PID_FILE.unlink(missing_ok=True)
+    STATE_FILE.unlink(missing_ok=True)
     for path in LOG_DIR.iterdir():
         path.unlink()

@@ -38,8 +38,8 @@ QEMU_PID_FILES = RUN_DIR / "kvm-hypervisor/pid"
 PID_FILE = RUN_DIR / "ganeti-kvmd.pid"
 LOG_FILE = Path("/var/log/ganeti/kvm-daemon.log")
 
-# What Ganeti 3.1.0~rc2 makes a cluster's certificates with, and Debian sid's OpenSSL for
-# Python has no longer.
+# What Ganeti 3.1.0~rc2 makes a cluster's certificates with, and Python's OpenSSL on
+# Debian sid has no longer.
 LOST_FUNCTION = "module 'OpenSSL.crypto' has no attribute 'X509Req'"
 
 # Seconds that one command may take, and that a condition may take to come true.
@@ -231,7 +231,7 @@ class Instance:
 
     def is_monitored(self) -> object:
         """Tell whether the daemon that runs has connected to the QEMU that runs."""
-        connected = rf"{self.name}: connected to .* pid {self.pid}\n"
+        connected = rf"{self.name}: connected to .* pid {self.pid} "
         return re.search(rf" pid={daemon_pid()} .* {connected}", LOG_FILE.read_text())
 
     def verdicts(self) -> list[str]:

@@ -140,10 +140,10 @@ def daemons_that_run() -> int:
 def expect_version(version: str) -> None:
     """Fail unless this is the version of ours that starts last: it may be about to."""
 
-    def started() -> str:
-        return re.findall(r" INFO started kvmd (\S+) for ", LOG_FILE.read_text())[-1]
+    def last_started() -> list[str]:
+        return re.findall(r" INFO started kvmd (\S+) for ", LOG_FILE.read_text())[-1:]
 
-    wait_until(f"version {version} runs", lambda: started() == version)
+    wait_until(f"version {version} runs", lambda: last_started() == [version])
 
 
 @contextlib.contextmanager
