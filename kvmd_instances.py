@@ -114,9 +114,9 @@ class Instances:
             old.due = None
             monitor.file.judgement = old.file.judgement
             monitor.file.give_up()
-        elif instance in self._surroundings.journal.gone:
-            record = self._surroundings.journal.gone.pop(instance)
-            monitor.file.judgement = restore_judgement(record["last"])
+        gone = self._surroundings.journal.gone.pop(instance, None)
+        if old is None and gone is not None:
+            monitor.file.judgement = restore_judgement(gone["last"])
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)
 
@@ -125,12 +125,12 @@ class Instances:
         for _ in range(LAST_READS):
             if not monitor.receive() or monitor in self._surroundings.paused:
                 break
+        monitor.on_removed()
 
     def _forget(self, monitor: Monitor) -> None:
         monitor.due = None
         if self.monitors.get(monitor.instance) is monitor:
             del self.monitors[monitor.instance]
-            self._surroundings.journal.forget(monitor.record())
             self._look_for(monitor.instance)
 
     def _look_for(self, instance: str) -> None:
@@ -331,8 +331,8 @@ class Instances:
         for monitor in list(self.monitors.values()):
             if monitor.phase is Phase.DEAD:
                 self.perform(monitor, Monitor.connect)
-            elif monitor.instance not in instances and monitor.is_idle():
-                self._forget(monitor)
+            elif monitor.instance not in instances:
+                self.perform(monitor, Monitor.on_removed)
         for instance in instances:
             self._look_for(instance)
 

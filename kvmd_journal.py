@@ -119,6 +119,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
                     return
+            self.close()
         self.begin()
 
     def _append(self, lines: bytes) -> None:
@@ -168,7 +169,11 @@ class Journal:
                     os.unlink(new)
                 raise
         except OSError as error:
-            self._give_up(error)
+            if self._fd is None:
+                self._give_up(error)
+            else:  # what is there is right, and can be added to
+                self._limit *= 2
+                self._log.warning(f"{self.path}.new: {error.strerror}")
             return False
         self.close()
         self._fd, self._size = fd, os.fstat(fd).st_size
@@ -191,9 +196,8 @@ class Journal:
 
     def _give_up(self, error: OSError) -> None:
         """Go on without it. What is there must not be taken for how things stand."""
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
         self.close()
         self._log.begin_trouble(
             UNWRITABLE,

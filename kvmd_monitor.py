@@ -236,7 +236,6 @@ class Monitor:
             self._wait(error)
             self._save()
         else:
-            self.guest.on_connect()
             self._adopt(connected, Protocol())
             self._negotiate()
 
@@ -337,7 +336,7 @@ class Monitor:
 
     def on_removed(self) -> None:
         """Take note that the name is gone: what stands there next may be new."""
-        if self.connection is None:
+        if self.connection is None and self.phase is not Phase.GONE:
             self._enter(Phase.GONE)
             self._save()
 
@@ -345,11 +344,14 @@ class Monitor:
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if self.connection is not None:
-            self._surroundings.loop.unregister(self.connection)
+        connection, self.connection = self.connection, None
+        self._let_go(connection)
+
+    def _let_go(self, connection: Connection | None) -> None:
+        if connection is not None:
+            self._surroundings.loop.unregister(connection)
             self._surroundings.paused.discard(self)
-            self._surroundings.store.close(self.connection.socket)
-            self.connection = None
+            self._surroundings.store.close(connection.socket)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there was anything to read."""
@@ -426,13 +428,16 @@ class Monitor:
         return self.guest.on_event(message.name, message.data, message.time)
 
     def _end(self) -> None:
-        """Take the end of the connection."""
-        ruling = self.guest.on_end()
+        """Take the end of the connection.
+
+        One without a greeting may be to the tail of a QEMU, and says nothing.
+        """
+        ruling = self.guest.on_end() if self.phase is Phase.CONNECTED else None
         if ruling is not None:
             self.file.carry_out(ruling, None)
             self._follow_file()
         lasted = time.monotonic() - self.since
-        self.close()
+        connection, self.connection = self.connection, None
         if socket_status(self.path) is None:
             self._enter(Phase.GONE)
         elif self.guest.ruling is not None:
@@ -443,6 +448,8 @@ class Monitor:
                 self._delay = FIRST_DELAY
             self._enter(Phase.CONNECTING)
             self._try_again()
+        self._save()
+        self._let_go(connection)
 
     def abandon(self) -> None:
         """Give the connection up after an unexpected error; try again, slowly."""
@@ -461,15 +468,23 @@ class Monitor:
     # The verdict.
 
     def _judge_unobserved_end(self) -> None:
-        """Take note of a guest that went down while there was no connection."""
-        if self.connection is None and self.guest.on_end() is not None:
-            self._surroundings.log.info(
-                "went down while it was not monitored; nobody can know whose doing it"
-                " was, so it counts as a crash",
-                self.instance,
-            )
-            self.file.carry_out(Ruling(Verdict.NOT_USER, "unobserved"), None)
-            self._follow_file()
+        """Take note of a guest that went down while there was no connection.
+
+        A running guest has no shutdown file: one that is there was made by a daemon
+        that did not live to say so.
+        """
+        if self.connection is not None or self.guest.on_end() is None:
+            return
+        verdict, text = Verdict.NOT_USER, "it counts as a crash"
+        if os.path.exists(self.file.path) and not self.file.is_pending:
+            verdict, text = Verdict.USER, "its shutdown file counts"
+        self._surroundings.log.info(
+            "went down while it was not monitored; nobody can know whose doing it was,"
+            f" so {text}",
+            self.instance,
+        )
+        self.file.carry_out(Ruling(verdict, "unobserved"), None)
+        self._follow_file()
 
     def _follow_file(self) -> None:
         """Take note of what became of the shutdown file."""
@@ -480,14 +495,13 @@ class Monitor:
     # The record.
 
     def _save(self) -> None:
-        """Have the journal in line with how things stand.
-
-        Of an instance that is gone, its owner has the journal take note.
-        """
-        is_gone = self.phase is Phase.GONE and self.is_idle()
-        if not self._is_saved and not is_gone:
-            self._surroundings.journal.write(self.record())
-        self._is_saved = True
+        """Have the journal in line with how things stand."""
+        if not self._is_saved:
+            self._is_saved = True
+            if self.phase is Phase.GONE and self.is_idle():
+                self._surroundings.journal.forget(self.record())
+            else:
+                self._surroundings.journal.write(self.record())
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""

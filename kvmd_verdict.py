@@ -152,14 +152,10 @@ class Guest:
         self.panicked = False
         #: One of ENDING_WATCHDOG_ACTIONS, if it was taken.
         self.watchdog_action: str | None = None
-        #: Seen alive in this connection.
+        #: Seen alive since the last end of a connection.
         self.seen_alive = False
         #: The verdict on this run of the guest: the first one counts.
         self.ruling: Ruling | None = None
-
-    def on_connect(self) -> None:
-        """Take the start of a connection."""
-        self.seen_alive = False
 
     def on_status(self, status: str) -> Ruling | None:
         """Take the answer to query-status, a RunState."""

@@ -359,11 +359,7 @@ def test_what_is_known_of_the_guest_outlives_the_connection() -> None:
 
 
 def test_connection_that_brings_nothing_gives_no_verdict() -> None:
-    guest = Guest()
-    assert guest.on_end() is None
-    guest.on_status("running")
-    guest.on_connect()
-    assert guest.on_end() is None
+    assert Guest().on_end() is None
 
 
 def test_end_of_a_connection_gives_one_verdict() -> None:
@@ -673,7 +669,6 @@ def step(state: State, letter: str) -> tuple[str | None, State]:
     guest = Guest.restore(json.loads(state))
     if letter == END:
         ruling = guest.on_end()
-        guest.on_connect()
     elif letter in STATUS_LETTERS:
         ruling = guest.on_status(STATUS_LETTERS[letter])
     else:
