@@ -56,7 +56,7 @@ def test_a_module_imports_from_its_own_floor_and_from_below() -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     imports = {module: imported(tree) for module, tree in syntax_trees().items()}
     while imports:
-        free = [module for module, names in imports.items() if not names & imports.keys()]
+        free = [one for one, names in imports.items() if not names & imports.keys()]
         assert free, f"a circle among {sorted(imports)}"
         for module in free:
             del imports[module]
