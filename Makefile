@@ -87,8 +87,7 @@ check-package: lint-deb ## install the package beside Ganeti's, in namespaces (a
 
 # The releases on which the build has to be the same as here, byte for byte.
 RELEASES = bookworm trixie sid
-check-releases: deb ## build the package on other releases too, and compare
-	@$(call install-packages,debootstrap,debootstrap)
+check-releases: deb need-debootstrap ## build the package on other releases too, and compare
 	set -e; for suite in $(RELEASES); do \
 		test/world/enter $$suite test/package/reproducible; \
 	done
@@ -107,8 +106,7 @@ check-upgrade: deb need-debootstrap ## upgrade a node of Debian 12 to 13 (as roo
 
 # The release whose systemd is booted.
 SYSTEMD = trixie
-check-systemd: deb ## try the package under a real systemd, in namespaces (as root)
-	@$(call install-packages,debootstrap,debootstrap)
+check-systemd: deb need-debootstrap ## try the package under a real systemd, in namespaces (as root)
 	test/package/ganeti-with-units
 	test/boot/boot $(SYSTEMD) python3 test/boot/check.py
 .PHONY: check-systemd

@@ -30,10 +30,15 @@ PIECE_PRICE = 0.25
 CREDIT = 128 * PIECE_PRICE
 PIECE_SIZE = 256
 SAVED_PIECE_SIZE = 4096
+#: Seconds of that credit after which a peer comes after the others.
+TOLERATED_DEBT = CREDIT / 8
 #: Seconds for which a peer is left alone at least that has used up its credit.
 SHORTEST_PAUSE = 0.1
 #: Seconds for which a peer is left alone that sends descriptors (`limited_stalls`).
 HOSTILE_PAUSE = 10.0
+
+#: As a plain number: an operation of an enum.Flag takes as long as a system call.
+CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class Connection:
@@ -95,7 +100,7 @@ class Connection:
             # The beginning of a line is left to the kernel, if a whole one comes first.
             data = data[: data.rfind(b"\n") + 1] or data
             self._peeked = data
-        return data, bool(flags & socket.MSG_CTRUNC)
+        return data, bool(flags & CONTROL_TRUNCATED)
 
     def take(self) -> None:
         """Take out of the socket what was only looked at before."""
@@ -121,6 +126,11 @@ class Connection:
             return
         if [len(data), crc32(data)] == [length, checksum]:
             self.socket.recv(length)
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether the peer has used up a good part of its credit."""
+        return self._debt_until - time.monotonic() > TOLERATED_DEBT
 
     def charge(self, data: bytes, size: int, was_saved: bool) -> float:
         """Charge the peer for what was read; return the seconds to leave it alone.

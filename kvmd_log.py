@@ -27,6 +27,9 @@ SYSLOG_SOCKET = "/dev/log"
 #: Level -> priority, of the facility LOG_DAEMON (syslog(3)).
 SYSLOG_PRIORITIES = {"ERROR": 3 << 3 | 3, "WARNING": 3 << 3 | 4, "INFO": 3 << 3 | 6}
 
+#: Calls in a traceback.
+LONGEST_TRACEBACK = 30
+
 UNOPENED = "the log file can't be opened"
 UNWRITABLE = "the log file can't be written"
 
@@ -39,24 +42,23 @@ def printable(text: str) -> str:
 
 
 def traceback_of(error: BaseException) -> list[str]:
-    """Return the lines of an exception's traceback.
+    """Return the lines of an exception's traceback, with the innermost calls.
 
     Not the traceback module's: it reads the program's text, which may be gone by now,
     or another version's.
     """
-    lines: list[str] = []
+    calls: list[str] = []
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        place = f"{code.co_filename}, line {trace.tb_lineno}, in {code.co_name}"
-        lines.append(f"  {place}")
+        calls.append(f"  {code.co_filename}, line {trace.tb_lineno}, in {code.co_name}")
         trace = trace.tb_next
     try:
         text = str(error)
-    except Exception:
+    except Exception:  # noqa: BLE001 (whatever it is, it must not hide the first one)
         text = "(what it says can't be told)"
     last = f"{type(error).__name__}: {text}"
-    return ["Traceback (most recent call last):", *lines[-Log.LONGEST_TRACEBACK :], last]
+    return ["Traceback (most recent call last):", *calls[-LONGEST_TRACEBACK:], last]
 
 
 class Log:
@@ -72,8 +74,6 @@ class Log:
     PERIOD = 60.0
     #: Characters that may be queued.
     QUEUE_LIMIT = 65536
-    #: Calls, the innermost ones, that an exception's traceback names.
-    LONGEST_TRACEBACK = 30
 
     def __init__(
         self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()
@@ -91,6 +91,8 @@ class Log:
         #: (time.time(), level, message) of each line that is not written yet.
         self._queue: list[tuple[float, str, str]] = []
         self._queued = 0
+        #: The second (of time.time()) of the last line, and how it is written.
+        self._second, self._date = -1, ""
         self._troubles: set[str] = set()
         #: Instance -> lines in the period that ends then (time.monotonic()).
         self._lines: dict[str, int] = {}
@@ -168,9 +170,10 @@ class Log:
     ) -> None:
         """Log a failure with the exception's traceback."""
         self.error(message, instance)
-        for line in traceback_of(error):
-            for part in line.splitlines():
-                self.error(part, instance)
+        with contextlib.suppress(Exception):  # the first one is what matters
+            for line in traceback_of(error):
+                for part in line.splitlines():
+                    self.error(part, instance)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
         """Warn of a degraded state, once until it is over."""
@@ -239,7 +242,7 @@ class Log:
                 self._torn = not data[:written].endswith(b"\n")
                 data = data[written:]
         except OSError as error:
-            self.begin_trouble(UNWRITABLE, f"{error.strerror}; logging to syslog as well")
+            self.begin_trouble(UNWRITABLE, f"{error.strerror}; logging to syslog too")
             return False
         self.end_trouble(UNWRITABLE)
         return True
@@ -247,14 +250,15 @@ class Log:
     def _take_queue(self) -> list[tuple[str, str]]:
         """Return level and text of each queued line; none is queued any more."""
         queue, self._queue, self._queued = self._queue, [], 0
-        lines, second, date = [], 0, ""
+        lines = []
         for moment, level, message in queue:
-            if int(moment) != second:
-                second = int(moment)
-                date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            if int(moment) != self._second:
+                self._second = int(moment)
+                date = time.localtime(self._second)
+                self._date = time.strftime("%Y-%m-%d %H:%M:%S", date)
             line = (
-                f"{date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME} pid={os.getpid()}"
-                f" {level} {printable(message)}"
+                f"{self._date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME}"
+                f" pid={os.getpid()} {level} {printable(message)}"
             )
             lines.append((level, line))
         return lines

@@ -101,7 +101,7 @@ def inherited_descriptors() -> list[int]:
 
 
 def find_inherited_pid_file(path: str) -> int | None:
-    """Return the descriptor of the pid file at the path, if it holds this process's pid.
+    """Return the descriptor of the file at the path, if it holds this process's pid.
 
     Then this program was started in place by the one before (execve(2)).
     """

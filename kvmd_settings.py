@@ -71,11 +71,11 @@ def judge_vm_capable(text: str, host: str) -> Finding:
     namesakes = [node for node in capable if node.partition(".")[0] == host]
     node = host if host in capable or len(namesakes) != 1 else namesakes[0]
     if node not in capable:
-        problem = f"may be any of {', '.join(namesakes)}" if namesakes else "is not listed"
+        may_be = f"may be any of {', '.join(namesakes)}"
         return Finding(
             Level.WARN,
-            f"node {host} {problem}; taking it for vm_capable (compare with: gnt-node"
-            " list)",
+            f"node {host} {may_be if namesakes else 'is not listed'}; taking it for"
+            " vm_capable (compare with: gnt-node list)",
         )
     if capable[node]:
         return Finding(Level.OK, f"node {node} is vm_capable (True)")

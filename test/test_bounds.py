@@ -27,7 +27,6 @@ from namespace import (
 from status import status_table
 from variant import program_with
 
-
 AS_ON_A_NODE = "sys.argv.remove('--debug')"
 
 

@@ -7,12 +7,13 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,8 +102,8 @@ SINCE_THE_RECORD_IS_WRITTEN = [
     'die("after", kvmd_connection.Connection, "take")',
 ]
 AT_THE_END = [
-    'die("before", kvmd_monitor.Monitor, "close")',
-    'die("after", kvmd_monitor.Monitor, "close")',
+    'die("before", kvmd_systemd.DescriptorStore, "close")',
+    'die("after", kvmd_systemd.DescriptorStore, "close")',
 ]
 
 StartDeadly = Callable[[bytes, str], Service]
@@ -491,8 +492,15 @@ def assert_connects_anew(service: Service, fake_qemu: FakeQemu) -> None:
             lambda lines: [*lines[:-1], lines[-1][:70] + b"[" * 100000 + b"\n"],
             "not all can be used",
         ),
+        (
+            lambda lines: [*lines[:-1], with_members(lines[-1], connection=[])],
+            "not all can be used",
+        ),
     ],
-    ids=["empty", "torn", "format", "boot", "directory", "protocol", "bad", "deep"],
+    ids=[
+        *("empty", "torn", "format", "boot", "directory", "protocol", "bad", "deep"),
+        "connection",
+    ],
 )
 def test_of_a_journal_that_is_of_no_use_the_daemon_connects_anew(
     service: Service,
@@ -619,6 +627,31 @@ def test_started_with_other_options_it_lets_the_connections_go(
     assert " taking over " not in service.log
 
 
+class Stuck(NamedTuple):
+    """A service manager that has stopped reading, and the daemon that it started."""
+
+    manager: socket.socket
+    daemon: Daemon
+
+
+def connection_name(record: dict[str, Any]) -> str:
+    """Return the name of an instance's connection in the store."""
+    return f"connection-{record['connection']}"
+
+
+def read_messages(manager: socket.socket, kind: str, count: int) -> set[str]:
+    """Read messages until so many of a kind have come; return the names in them."""
+    names: list[str] = []
+    while len(names) < count:
+        message, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+        for fd in fds:
+            os.close(fd)
+        assignments = message.decode().split("\n")
+        if kind in assignments:
+            names += [line[7:] for line in assignments if line.startswith("FDNAME=")]
+    return set(names)
+
+
 def test_what_systemd_did_not_take_is_given_to_it_again(
     control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
@@ -634,6 +667,118 @@ def test_what_systemd_did_not_take_is_given_to_it_again(
         status_table(daemon)  # now there is nothing that would wake it up
         assert take_descriptors(manager, 1) == ["connection"]
         daemon.stop()
+
+
+@contextmanager
+def stuck_systemd(control_dir: Path, patch: str = "") -> Iterator[Stuck]:
+    """Give a service manager whose queue is full, and a daemon that it has started."""
+    address = control_dir.parent / "notify"
+    environment = {**os.environ, "NOTIFY_SOCKET": str(address)}
+    program = program_with(control_dir.parent, patch)
+    options: dict[str, Any] = {"environment": environment, "program": program}
+    with full_notify_socket(address) as manager, Daemon(
+        control_dir, "--rescan-interval=0", **options
+    ) as daemon:
+        yield Stuck(manager, daemon)
+
+
+def restart_in_place(daemon: Daemon) -> None:
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log(" INFO started", 2)
+
+
+def test_what_systemd_did_not_take_before_a_restart_in_place_it_is_given_after_it(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (manager, daemon), FakeQemu(
+        control_dir, "other"
+    ) as other:
+        for qemu in (fake_qemu, other):
+            qemu.listen()
+            qemu.negotiate()
+            daemon.wait_until_connected(qemu.name)
+        names = {connection_name(record) for record in records(daemon).values()}
+        restart_in_place(daemon)
+        assert read_messages(manager, "FDSTORE=1", 2) == names
+        daemon.stop()
+
+
+def test_what_systemd_has_taken_before_a_restart_in_place_it_is_given_again(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, service)
+    (name,) = systemd.names
+    systemd.remove(name)  # as if it had not taken it
+    restart_in_place(service)
+    assert systemd.names == [name]
+    crash(service)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
+def test_what_systemd_was_not_told_to_discard_it_is_told_after_a_restart_in_place(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (manager, daemon):
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        name = connection_name(records(daemon)[INSTANCE])
+        fake_qemu.send(USER_SHUTDOWN)  # so that it is not connected to again
+        fake_qemu.exit()
+        wait_until(lambda: not status_table(daemon), "the instance is forgotten")
+        restart_in_place(daemon)
+        assert read_messages(manager, "FDSTOREREMOVE=1", 1) == {name}
+        daemon.stop()
+
+
+TOLD_OF_STOP = """
+def tell_and_finish(daemon, finish=kvmd_daemon.Daemon.finish):
+    open(stopping, "w").close()
+    finish(daemon)
+kvmd_daemon.Daemon.finish = tell_and_finish
+kvmd_daemon.LAST_ATTEMPTS = 20
+"""
+
+
+def test_at_its_stop_the_daemon_waits_a_moment_for_systemd(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    stopping = control_dir.parent / "stopping"
+    patch = f"stopping = {str(stopping)!r}\n{TOLD_OF_STOP}"
+    with stuck_systemd(control_dir, patch) as (manager, daemon), FakeQemu(
+        control_dir, "other"
+    ) as other:
+        for qemu in (fake_qemu, other):
+            qemu.listen()
+            qemu.negotiate()
+            daemon.wait_until_connected(qemu.name)
+        kept, discarded = (
+            connection_name(records(daemon)[qemu.name]) for qemu in (fake_qemu, other)
+        )
+        other.send(USER_SHUTDOWN)  # so that it is not connected to again
+        other.exit()
+        wait_until(lambda: len(status_table(daemon)) == 1, "one is forgotten")
+        daemon.send_signal(signal.SIGTERM)
+        wait_until(stopping.exists, "the daemon is about to end")
+        assert read_messages(manager, "FDSTOREREMOVE=1", 1) == {discarded}
+        assert read_messages(manager, "FDSTORE=1", 1) == {kept}
+        assert daemon.wait_until_gone() == 0
+
+
+def test_a_systemd_that_takes_nothing_is_not_waited_for_longer(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (_, daemon):
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        daemon.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert daemon.wait_until_gone() == 0
+        assert time.monotonic() - begin < 2
 
 
 class Life(NamedTuple):

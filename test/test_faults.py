@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import signal
@@ -23,8 +22,6 @@ from namespace import (
 )
 from status import status_table, wait_for_status
 from variant import program_with
-
-import kvmd_monitor
 
 SOCKET = f"{INSTANCE}.kvmd"
 

@@ -69,7 +69,7 @@ def test_a_fifo_that_is_read_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full", "/dev/tty", "/dev/ptmx"])
 def test_a_device_is_not_opened(path: str) -> None:
-    with pytest.raises(OSError, match="it is no regular file|No such device"):
+    with pytest.raises(OSError, match=r"it is no regular file|No such device"):
         kvmd_file.open_regular_file(path, FOR_WRITING)
 
 

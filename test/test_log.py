@@ -190,7 +190,11 @@ def test_what_is_queued_is_written_at_once_in_one_go(
     log.flush()
     assert len(written) == 1
     lines = (tmp_path / "log").read_text().splitlines()
-    assert [said(line) for line in lines] == ["INFO line 0", "INFO line 1", "INFO line 2"]
+    assert [said(line) for line in lines] == [
+        "INFO line 0",
+        "INFO line 1",
+        "INFO line 2",
+    ]
 
 
 def test_no_more_is_queued_than_the_limit() -> None:
@@ -253,10 +257,25 @@ def test_an_exception_is_told_with_the_innermost_calls(
     beginning = ["ERROR unexpected", "ERROR Traceback (most recent call last):"]
     assert lines[:2] == beginning
     calls = lines[2 : -len(last)]
-    assert len(calls) == min(depth + 2, log.LONGEST_TRACEBACK)
+    assert len(calls) == min(depth + 2, kvmd_log.LONGEST_TRACEBACK)
     assert calls[-1].endswith(", in raise_it") and __file__ in calls[-1]
-    assert calls[0].endswith(", in raise_it") == (depth > log.LONGEST_TRACEBACK)
+    assert calls[0].endswith(", in raise_it") == (depth > kvmd_log.LONGEST_TRACEBACK)
     assert lines[-len(last) :] == last
+
+
+def test_an_exception_whose_traceback_cannot_be_made_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    log = log_of_lines(lines)
+
+    def fail(_error: BaseException) -> list[str]:
+        raise MemoryError
+
+    monkeypatch.setattr(kvmd_log, "traceback_of", fail)
+    log.exception("unexpected", ValueError())
+    log.flush()
+    assert lines == ["ERROR unexpected"]
 
 
 def test_a_sink_that_fails_stops_nothing() -> None:
@@ -356,7 +375,7 @@ def test_what_a_full_disk_does_not_take_goes_elsewhere(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         log.info("lost")
         log.flush()
-        trouble = f"WARNING {UNWRITABLE}: File too large; logging to syslog as well"
+        trouble = f"WARNING {UNWRITABLE}: File too large; logging to syslog too"
         assert lines == ["INFO lost", trouble]
         log.info("lost as well")
         log.flush()
@@ -530,7 +549,7 @@ def plant_a_symlink(node: Node) -> str:
     return ""
 
 
-UNUSABLE: list[tuple[Callable[[Node], str], str]] = [
+UNUSABLE = [
     (make_directory_read_only, "Read-only file system"),
     (make_directory_full, "No space left on device"),
     pytest.param(

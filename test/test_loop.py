@@ -92,10 +92,12 @@ def test_a_wait_is_no_longer_than_the_kernel_can_count(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(
-        "selectors.DefaultSelector.select",
-        lambda _self, seconds: waits.append(seconds) or [],
-    )
+
+    def select(_selector: object, seconds: float) -> list[object]:
+        waits.append(seconds)
+        return []
+
+    monkeypatch.setattr("selectors.DefaultSelector.select", select)
     loop.wait(NEVER)
     assert waits == [LONGEST_WAIT]
 

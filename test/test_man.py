@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon import ROOT, Daemon
+from manual import PAGE, need, rendered_page, run, section
+from messages import Message, messages_and_findings, syntax_trees
 
+import kvmd_journal
 import kvmd_monitor
+import kvmd_options
 import kvmd_status
 import kvmd_verdict
 import kvmd_version
 
-PAGE = ROOT / "man" / "ganeti-kvmd.8"
 PROGRAM = ROOT / "kvmd.py"
-
-# Columns in which every log message stands on one line; mandoc takes no 1001.
-WIDTH = 999
-
-# What logs a message, or makes one that is logged; and what names one that will be.
-LOGGING = {
-    *("info", "warning", "error", "exception", "begin_trouble", "end_trouble"),
-    *("_info", "_warn", "_write", "tell", "StartError", "Finding"),
-}
-MESSAGES = {"problem", "text"}
-LEVELS = {"DEBUG", "INFO", "WARNING", "ERROR"}
 
 # The causes that are no reason of QEMU's, and the data of the SHUTDOWN behind them.
 DATA_WITHOUT_REASON: dict[str, object] = {
@@ -42,24 +31,17 @@ DATA_WITHOUT_REASON: dict[str, object] = {
     "malformed": [],
 }
 
+# Level -> the heading below which the page has its messages.
+HEADINGS = {
+    "INFO": "INFO: nothing has to be done",
+    "WARNING": "WARNING: detection goes on, but not as it should",
+    "ERROR": "ERROR: somebody has to look",
+    "stderr": "On standard error",
+}
+
 # Where the paths on the page may lie.
-GANETI_PATHS = re.compile(r"/(var/(run|log|lib)|etc/default|usr/sbin)/ganeti\b")
-
-
-def need(tool: str) -> None:
-    """Skip the test where the tool is missing, but not where it has to be there."""
-    if shutil.which(tool) is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{tool} is not installed")
-        pytest.skip(f"{tool} is not installed")
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, with wide output and nothing of Ganeti's set."""
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "COLUMNS": "999"}
-    return subprocess.run(
-        command, capture_output=True, encoding="utf-8", env=environment, check=False
-    )
+GANETI_PATHS = re.compile(r"/(var/(run|log|lib)|etc/default|usr/s?(bin|lib))/ganeti\b")
+SHELL = "/bin/sh"
 
 
 def run_program(*options: str) -> subprocess.CompletedProcess[str]:
@@ -69,23 +51,19 @@ def run_program(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """Return the page as it is read, in very long lines."""
-    need("mandoc")
-    text = run("mandoc", "-T", "ascii", "-O", f"width={WIDTH}", str(PAGE)).stdout
-    return re.sub(".\b", "", text)  # bold is typed twice, underlined under a bar
+    """Return the page as it is read."""
+    return rendered_page()
 
 
 @pytest.fixture(scope="module")
-def program() -> ast.Module:
-    """Return the program's syntax tree."""
-    return ast.parse(PROGRAM.read_text(encoding="utf-8"))
-
-
-def section(page: str, heading: str) -> str:
-    """Return the text of a section, or of a subsection."""
-    found = re.search(rf"^ *{re.escape(heading)}\n(.*?)^ {{0,3}}\S", page, re.M | re.S)
-    assert found, heading
-    return found[1]
+def strings() -> set[str]:
+    """Return the constant strings in the program's source."""
+    return {
+        node.value
+        for tree in syntax_trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
 
 
 def tags(text: str, pattern: str) -> set[str]:
@@ -102,38 +80,6 @@ def options_and_defaults(text: str, indent: int) -> dict[str, str | None]:
         default = re.search(r"default:\s+([^\s:)]+)", entry, re.IGNORECASE)
         options[names.replace("[=", " [").replace("=", " ")] = default and default[1].rstrip(".")
     return options
-
-
-def messages(program: ast.Module) -> Iterator[list[str]]:
-    """Yield the constant parts of each message that may be logged.
-
-    What `--check` alone prints is left out: each of its lines holds its remedy.
-    """
-    for function in ast.walk(program):
-        if not isinstance(function, ast.FunctionDef) or "check" in function.name:
-            continue
-        for node in ast.walk(function):
-            said: list[ast.expr] = []
-            if isinstance(node, ast.Call) and name_of(node.func) in LOGGING:
-                said = node.args
-            elif isinstance(node, ast.Assign) and name_of(node.targets[0]) in MESSAGES:
-                said = [node.value]
-            if "OK" not in map(name_of, said):
-                yield from filter(None, map(constant_parts, said))
-
-
-def name_of(node: ast.expr) -> str:
-    """Return the last part of a name, empty if it is none."""
-    return getattr(node, "attr", getattr(node, "id", ""))
-
-
-def constant_parts(node: ast.expr) -> list[str]:
-    """Return what is constant in a string, around what is put into it."""
-    if isinstance(node, ast.Name):
-        node = ast.Constant(getattr(kvmd, node.id, None))
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-    values = [getattr(part, "value", None) for part in parts]
-    return [value for value in values if isinstance(value, str) and value not in LEVELS]
 
 
 def test_every_option_and_its_default_is_on_the_page(page: str) -> None:
@@ -175,24 +121,61 @@ def test_signals_are_those_that_the_daemon_catches(
 
 
 def test_every_environment_variable_is_on_the_page(
-    page: str, program: ast.Module
+    page: str, strings: set[str]
 ) -> None:
-    constants = {getattr(node, "value", None) for node in ast.walk(program)}
-    strings = {constant for constant in constants if isinstance(constant, str)}
     variables = {text for text in strings if re.fullmatch("[A-Z]+_[A-Z]+", text)}
-    on_page = tags(section(page, "ENVIRONMENT"), "[A-Z_]+")
-    assert on_page == variables - kvmd_verdict.EFFECTS.keys()
+    variables -= {*kvmd_verdict.EFFECTS, *kvmd_verdict.IGNORED}
+    assert tags(section(page, "ENVIRONMENT"), "[A-Z_]+") == variables
 
 
-def test_every_log_message_is_on_the_page(page: str, program: ast.Module) -> None:
-    found = list(messages(program))
-    assert ["stopped"] in found
+def test_every_file_is_on_the_page(page: str, strings: set[str]) -> None:
+    paths = vars(kvmd_options.Options()).values()
+    files = {path for path in paths if str(path).startswith("/")}
+    files |= {text for text in strings if re.fullmatch("ssconf_[a-z_]+", text)}
+    files |= {f"instance{suffix}" for suffix in (".kvmd", ".qmp", ".shutdown")}
+    described = section(page, "FILES")
+    assert [file for file in files if file not in described] == []
+
+
+def test_every_member_of_the_journal_is_on_the_page(
+    page: str, monitor: kvmd_monitor.Monitor, surroundings: kvmd_monitor.Surroundings
+) -> None:
+    monitor.file.carry_out(kvmd_verdict.Ruling(kvmd_verdict.Verdict.USER, "x"), None)
+    header = kvmd_journal.read_journal(surroundings.journal.path).header
+    record = monitor.record()
+    members = {*header, *record, *record["guest"], *record["protocol"], *record["last"]}
+    table = re.findall(r"^ {7} *(\w+)  ", section(page, "The journal"), re.M)
+    assert set(table) - {"Member"} == members | {"removed"}
+
+
+def test_every_message_is_on_the_page_below_its_level(page: str) -> None:
+    messages, findings = messages_and_findings()
+    assert Message("INFO", "stopped") in messages
+    assert len(findings) > len({finding.level for finding in findings}) == 3
+    lines = {level: section(page, heading) for level, heading in HEADINGS.items()}
     missing = [
-        parts
-        for parts in found
-        if not re.search(".+".join(map(re.escape, parts)), page)
+        message
+        for message in messages
+        if not re.search(rf"^ {{7}}{message.pattern}$", lines[message.level], re.M)
+    ]
+    missing += [
+        finding
+        for finding in findings
+        if not re.search(finding.pattern, lines[finding.level])
     ]
     assert missing == []
+
+
+def test_every_message_on_the_page_is_one_of_the_program(page: str) -> None:
+    messages, findings = messages_and_findings()
+    said = {*messages, *findings}
+    for level, heading in HEADINGS.items():
+        for line in re.findall(r"^ {7}(\S.*)", section(page, heading), re.M):
+            assert any(
+                re.search(f"{message.pattern}$", line)
+                for message in said
+                if message.level == level
+            ), line
 
 
 def test_table_of_causes_is_what_the_verdict_does(page: str) -> None:
@@ -210,38 +193,64 @@ def test_table_of_causes_is_what_the_verdict_does(page: str) -> None:
     rulings.append(crashed.on_end())
     judged = section(page, "HOW A SHUTDOWN IS JUDGED")
     table = dict(re.findall(r"^ {7}(\S+) +((?:not-)?user)  ", judged, re.M))
-    assert table == {
-        ruling.cause: ruling.verdict.value for ruling in rulings if ruling
+    causes = {ruling.cause: ruling.verdict.value for ruling in rulings if ruling}
+    assert table == {**causes, "unobserved": "not-user"}
+
+
+def rows_of(text: str, heading: str) -> dict[str, list[set[str]]]:
+    """Return a table: first cell of each row -> the words of each other cell."""
+    table = re.split(rf"^ {{7}}{heading} .*\n", text, flags=re.M)[1].split("\n\n")[0]
+    rows = [re.split("  +", line.strip()) for line in table.splitlines()]
+    return {row[0]: [set(cell.split(", ")) for cell in row[1:]] for row in rows}
+
+
+def test_tables_of_objections_are_what_the_verdict_does(page: str) -> None:
+    judged = section(page, "What speaks against the user")
+    objections = {name: name.replace("_", "-") for name in objections_after()}
+    assert rows_of(judged, "Objection") == {
+        objections[name]: [
+            {event for event in kvmd_verdict.EFFECTS if objections_after(event)[name]},
+            {event for event in kvmd_verdict.EFFECTS if is_cleared(name, event)}
+            | ({"one hour"} if is_cleared_by_time(name) else set()),
+        ]
+        for name in objections
+    }
+    assert rows_of(judged, "Cause") == {
+        cause: [{objections[name] for name in names}]
+        for cause, names in kvmd_verdict.OBJECTIONS.items()
     }
 
 
-def test_table_of_objections_is_what_the_verdict_does(page: str) -> None:
-    judged = section(page, "HOW A SHUTDOWN IS JUDGED")
-    rows = re.split(r"^ {7}Objection .*\n", judged, flags=re.M)[1].split("\n\n")[0]
-    table = {}
-    for row in rows.splitlines():
-        objection, causes, _ = re.split("  +", row.strip())
-        table[objection] = set(causes.split(", "))
-    assert table == {
-        name.replace("_", "-"): {
-            row for row, objections in kvmd_verdict.OBJECTIONS.items() if name in objections
-        }
-        for name in kvmd_verdict.OBJECTIONS["no-data"]
-    }
+def objections_after(*events: str) -> dict[str, bool]:
+    """Return which objections there are to a guest of which these events were told."""
+    guest = kvmd_verdict.Guest()
+    for event in events:
+        guest.on_event(event, None, 1000.0)
+    return {name: getattr(guest, name) for name in kvmd_verdict.OBJECTIONS["no-data"]}
 
 
-def test_every_word_of_a_verdict_line_is_explained(
-    page: str, program: ast.Module
-) -> None:
-    outcomes = {
-        part
-        for function in ast.walk(program)
-        if isinstance(function, ast.FunctionDef)
-        and function.name.endswith("_shutdown_file")
-        for node in ast.walk(function)
-        if isinstance(node, ast.Return) and node.value
-        for part in constant_parts(node.value)
-    }
+def is_cleared(name: str, event: str) -> bool:
+    """Tell whether an event clears an objection, whatever has raised it."""
+    raising = [one for one in kvmd_verdict.EFFECTS if objections_after(one)[name]]
+    return not any(objections_after(one, event)[name] for one in raising)
+
+
+def is_cleared_by_time(name: str) -> bool:
+    """Tell whether an objection that is an hour old counts no more."""
+    rulings = []
+    for event in kvmd_verdict.EFFECTS:
+        if objections_after(event)[name]:
+            guest = kvmd_verdict.Guest()
+            guest.on_event(event, None, 1000.0)
+            rulings.append(guest.on_event("SHUTDOWN", None, 1000.0 + 3600.1))
+    return all(ruling and ruling.verdict.value == "user" for ruling in rulings)
+
+
+def test_every_word_of_a_verdict_line_is_explained(page: str) -> None:
+    tree = syntax_trees()["kvmd_shutdown_file"]
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    outcomes = {str(one.value) for one in returned if isinstance(one, ast.Constant)}
+    outcomes.discard("None")
     assert "created" in outcomes
     explained = section(page, "Verdicts")
     for word in outcomes | {verdict.value for verdict in kvmd_verdict.Verdict}:
@@ -251,8 +260,7 @@ def test_every_word_of_a_verdict_line_is_explained(
 
 
 def test_every_phase_in_the_status_is_explained(page: str) -> None:
-    life = section(page, "The life of the daemon (INFO)")
-    explained = life.split("status: version")[1]
+    explained = section(page, HEADINGS["INFO"]).split("status: version")[-1]
     assert [phase for phase in kvmd_monitor.Phase if phase.value not in explained] == []
 
 
@@ -264,7 +272,7 @@ def test_page_names_the_version_and_a_date() -> None:
 def test_page_names_no_path_of_a_machine(page: str) -> None:
     paths = set(re.findall(r"(?<![\w$.])/[\w.-]+/[\w./-]*", page))
     assert len(paths) > 5
-    assert {path for path in paths if not GANETI_PATHS.match(path)} == set()
+    assert {path for path in paths if not GANETI_PATHS.match(path)} == {SHELL}
 
 
 def test_mandoc_finds_nothing() -> None:

@@ -45,7 +45,8 @@ def test_paths_are_made_absolute(
     monkeypatch: pytest.MonkeyPatch, control_dir: Path
 ) -> None:
     monkeypatch.chdir(control_dir)
-    assert kvmd_options.parse_arguments(["--pid-file", "p"]).pid_file == f"{control_dir}/p"
+    options = kvmd_options.parse_arguments(["--pid-file", "p"])
+    assert options.pid_file == f"{control_dir}/p"
 
 
 DEFAULT_STATE_FILE = "/var/run/ganeti/ganeti-kvmd.state"

@@ -29,6 +29,7 @@ import kvmd_process
 def wait_until_ended(node: Node) -> None:
     wait_until(lambda: not node.processes(), "the daemon has ended")
 
+
 # ---- The pid file --------------------------------------------------------------------
 
 
@@ -85,7 +86,8 @@ def test_only_the_lock_counts(node: Node, text: str) -> None:
 def test_after_a_crash_the_next_daemon_starts(node: Node) -> None:
     pid = node.start()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not kvmd_process.lock_holder(str(node.pid_file)), "its lock is gone")
+    path = str(node.pid_file)
+    wait_until(lambda: not kvmd_process.lock_holder(path), "its lock is gone")
     assert node.pid == pid
     assert node.start() != pid
     node.stop()
@@ -309,7 +311,8 @@ def test_all_descriptors_are_closed_but_those_to_be_kept(tmp_path: Path) -> None
         fds = open_descriptors_of_all_kinds(tmp_path)
         os.dup2(fds[0], kept)
         kvmd_process.close_inherited({kept})
-        assert set(kvmd_process.inherited_descriptors()) <= {kept, 3}  # 3: the listing's
+        listing = 3  # the lowest that is free
+        assert set(kvmd_process.inherited_descriptors()) <= {kept, listing}
         os.fstat(kept)
 
     call_in_process(close_and_look)

@@ -242,6 +242,8 @@ def test_answer_to_another_question_is_not_the_status() -> None:
     [
         ('{"seconds": 1700000000, "microseconds": 1}', 1700000000.000001),
         ('{"seconds": 0, "microseconds": 0}', 0.0),
+        ('{"seconds": 1099511627775, "microseconds": 0}', 1099511627775.0),
+        ('{"seconds": 1099511627776, "microseconds": 0}', None),
         ('{"seconds": -1, "microseconds": -1}', None),
         ('{"seconds": 1e3, "microseconds": 0}', None),
         ('{"seconds": "1", "microseconds": 0}', None),
@@ -398,6 +400,22 @@ def test_json_is_parsed_for_an_interesting_event_but_not_for_its_neighbours(
     assert count_parsed() == 1
 
 
+def test_little_is_read_at_a_time_at_first(negotiated: Protocol) -> None:
+    for protocol in (Protocol(), restarted(negotiated)):
+        assert protocol.read_size == kvmd_qmp.CAREFUL_READ_SIZE
+
+
+def test_much_is_read_of_a_line_that_goes_on_once_the_status_is_known(
+    negotiated: Protocol,
+) -> None:
+    for protocol, size in [
+        (Protocol(), kvmd_qmp.CAREFUL_READ_SIZE),
+        (negotiated, kvmd_qmp.READ_SIZE),
+    ]:
+        receive(protocol, [b"{"])
+        assert protocol.read_size == size
+
+
 def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
     negotiated: Protocol,
 ) -> None:
@@ -459,6 +477,12 @@ def test_longer_line_is_skipped_to_its_end(
     assert receive(negotiated, pieces) == [POWEROFF_EVENT]
     assert negotiated.complaint is not None
     assert negotiated.complaint.startswith("a line of more than 65536 bytes")
+
+
+def test_nothing_is_kept_of_a_longer_line(negotiated: Protocol) -> None:
+    for piece in (b"x" * kvmd_qmp.LINE_LIMIT, b"x", b"x"):
+        receive(negotiated, [piece])
+    assert kept_bytes(negotiated) == 0
 
 
 def test_end_of_a_longer_line_is_no_event_of_its_own(negotiated: Protocol) -> None:

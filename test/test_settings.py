@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ TWO_NAMESAKES = "node1.a.example=False\nnode1.b.example=False\n"
         ("Node1.Example.COM=False\n", "node1", FAIL, "node1.example.com"),
         ("node1=False\nnode1.example.com=True\n", "node1", FAIL, "node1"),
         (TWO_NAMESAKES, "node1.b.example", FAIL, "node1.b.example"),
-        (TWO_NAMESAKES, "node1", WARN, "may be any of node1.a.example, node1.b.example"),
+        (TWO_NAMESAKES, "node1", WARN, "any of node1.a.example, node1.b.example"),
         ("node1.example.com=False\n", "node1.example", WARN, "is not listed"),
         ("node1.example.com=False\n", "node", WARN, "is not listed"),
         ("node10.example.com=False\n", "node1", WARN, "is not listed"),
@@ -153,7 +154,11 @@ def test_the_node_is_found_without_the_network(
 
 def test_settings_are_read_from_regular_files_alone(node: Node) -> None:
     path = node.ssconf_dir / "ssconf_hypervisor_list"
-    for plant, reason in [(os.mkfifo, "no regular file"), (link_to_secret, "a symlink")]:
+    planted: list[tuple[Callable[[Path], None], str]] = [
+        (os.mkfifo, "no regular file"),
+        (link_to_secret, "a symlink"),
+    ]
+    for plant, reason in planted:
         path.unlink()
         plant(path)
         assert node.run().returncode == 0
