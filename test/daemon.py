@@ -152,6 +152,19 @@ class Daemon:
         pattern = f"(?<= INFO) {re.escape(instance)}: verdict=.*"
         return self.wait_for_log(pattern, times)[0]
 
+    def wait_for_rescan(self) -> None:
+        """Wait until it has rescanned, for which it wakes alone when all is quiet.
+
+        A name that changes wakes it twice.
+        """
+        before = self._sleeps()
+        wait_until(lambda: self._sleeps() >= before + 5, "a rescan")
+
+    def _sleeps(self) -> int:
+        """Count how often it has had nothing to do."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
     def send_signal(self, number: int) -> None:
         """Send a signal to the process."""
         assert self._process

@@ -266,6 +266,18 @@ def waiting_for_end(pid: int) -> Iterator[None]:
         os.close(process)
 
 
+def expect_down_by_user(instance: Instance) -> None:
+    """Fail unless Ganeti knows of the user's shutdown."""
+    expect("state", instance.state, "USER_down up")
+    expect("shutdown file", instance.shutdown_file.exists(), True)
+
+
+def expect_down_by_ganeti(instance: Instance) -> None:
+    """Fail unless Ganeti takes the shutdown for its own."""
+    expect("shutdown file", instance.shutdown_file.exists(), False)
+    expect("state", instance.state, "ADMIN_down down")
+
+
 # ---- The daemon ----------------------------------------------------------------------
 
 
