@@ -173,7 +173,9 @@ class Journal:
                 self._give_up(error)
             else:  # what is there is right, and can be added to
                 self._limit *= 2
-                self._log.warning(f"{self.path}.new: {error.strerror}")
+                self._log.warning(
+                    f"{self.path}: can't be written anew ({error.strerror}); it grows"
+                )
             return False
         self.close()
         self._fd, self._size = fd, os.fstat(fd).st_size

@@ -72,8 +72,8 @@ class Log:
     #: Lines about one instance within PERIOD seconds, not counting debug messages.
     LINES_PER_PERIOD = 60
     PERIOD = 60.0
-    #: Characters that may be queued.
-    QUEUE_LIMIT = 65536
+    #: Characters that may be queued: the verdicts on some thousand guests at once.
+    QUEUE_LIMIT = 1 << 20
 
     def __init__(
         self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()

@@ -475,13 +475,13 @@ class Monitor:
         """
         if self.connection is not None or self.guest.on_end() is None:
             return
-        verdict, text = Verdict.NOT_USER, "it counts as a crash"
+        verdict = Verdict.NOT_USER
+        text = "nobody can know whose doing it was, so it counts as a crash"
         if os.path.exists(self.file.path) and not self.file.is_pending:
-            verdict, text = Verdict.USER, "its shutdown file counts"
+            verdict = Verdict.USER
+            text = "its shutdown file was made, and counts"
         self._surroundings.log.info(
-            "went down while it was not monitored; nobody can know whose doing it was,"
-            f" so {text}",
-            self.instance,
+            f"went down while it was not monitored; {text}", self.instance
         )
         self.file.carry_out(Ruling(verdict, "unobserved"), None)
         self._follow_file()

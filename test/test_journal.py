@@ -55,7 +55,8 @@ class Owner:
         """Return what is read, with which nothing may be wrong."""
         contents = read_journal(str(self.path))
         assert contents.problem is None
-        return contents.records
+        records: dict[str, dict[str, Any]] = contents.records
+        return records
 
     def logged(self) -> str:
         """Return what was logged since."""
@@ -116,10 +117,12 @@ def test_a_change_is_one_write_of_one_record(
 ) -> None:
     written.write("other")
     writes: list[bytes] = []
-    write = os.write
-    monkeypatch.setattr(
-        os, "write", lambda fd, data: writes.append(data) or write(fd, data)
-    )
+
+    def count(fd: int, data: bytes, write: Any = os.write) -> int:
+        writes.append(data)
+        return int(write(fd, data))
+
+    monkeypatch.setattr(os, "write", count)
     written.write(phase="ended")
     written.forget("other", last=None)
     written.forget(INSTANCE, last=LAST)

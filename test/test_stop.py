@@ -50,7 +50,7 @@ Start = Callable[..., Daemon]
 
 @pytest.fixture
 def start(control_dir: Path) -> Iterator[Start]:
-    """Return a function that starts a daemon, patched or not; it is ended at the end."""
+    """Return a function that starts a daemon, patched or not; all are ended."""
     with ExitStack() as ending:
 
         def start(patch: str = "") -> Daemon:

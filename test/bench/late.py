@@ -26,7 +26,7 @@ from measures import (
     scene_under_systemd,
     shut_down,
 )
-from subjects import Process, Subject, busy_processes, frozen, log_file_system
+from subjects import Subject, busy_processes, frozen, log_file_system
 
 COUNT = 200
 #: Those between which it has to come to rest.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(CHECKOUT / "test"))
+sys.path.insert(0, str(CHECKOUT / "test/helpers"))
 
 import guest  # noqa: E402
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from deadline import SECONDS, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # The instance that most tests are about.
 INSTANCE = "web1.example.com"
