@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from crowd import Crowd
 from daemon import Daemon as DaemonProcess
+from daemon import control_directory
 from deadline import wait_until
 from systemd import Service, Systemd
 from variant import program_with
@@ -46,6 +47,15 @@ kvmd_daemon.describe = held
 AS_ON_A_NODE = "sys.argv.remove('--debug')"
 # Has the journal keep all that is written.
 UNABRIDGED = f"{AS_ON_A_NODE}\nkvmd_journal.SLACK = 1 << 40"
+# Has the daemon count its calls of functions, and tell how many they were at SIGHUP.
+COUNTED = f"""{AS_ON_A_NODE}
+calls = 0
+def count(_frame, what, _argument):
+    global calls
+    calls += what.endswith("call")
+kvmd_log.Log.reopen = lambda log: log.info(f"calls: {{calls}}")
+sys.setprofile(count)
+"""
 # Seconds in which a peer pays for a byte that begins a line, and has to be recorded.
 PRICE_OF_A_BYTE = 2 * PIECE_PRICE
 
@@ -94,6 +104,45 @@ def test_a_status_of_many_instances_holds_up_no_verdict(
         assert lines[0] <= STATUS_LINES_PER_TURN
         assert lines[1] > 0
         daemon.stop()
+
+
+# ---- Each beside many others ---------------------------------------------------------
+
+
+def count_calls(daemon: DaemonProcess) -> int:
+    """Return how many functions the daemon has called so far."""
+    times = daemon.log.count(" INFO calls: ") + 1
+    daemon.send_signal(signal.SIGHUP)
+    return int(daemon.wait_for_log(r" INFO calls: (\d+)", times)[1])
+
+
+def cost_of_lives(control_dir: Path, others: int) -> int:
+    """Return how many calls the lives of some guests take beside others that run."""
+    names = [f"other{number}" for number in range(others)]
+    with (
+        started_by_systemd(control_dir, COUNTED) as service,
+        Crowd(control_dir) as crowd,
+    ):
+        crowd.start(names)
+        crowd.serve_until_connected(names)
+        for name in names:
+            service.wait_until_connected(name)
+        before = count_calls(service)
+        for number in range(20):
+            name = f"guest{number}"
+            crowd.start([name])
+            crowd.serve_until_connected([name])
+            crowd.power_off(name)
+            service.wait_for_verdict(name)
+        return count_calls(service) - before
+
+
+def test_a_life_costs_the_same_however_many_others_there_are() -> None:
+    costs = []
+    for others in (1, 300):
+        with control_directory() as path:
+            costs.append(cost_of_lives(path, others))
+    assert costs[1] < 1.5 * costs[0]
 
 
 # ---- Peers that cost -----------------------------------------------------------------
