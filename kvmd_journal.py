@@ -98,7 +98,7 @@ class Journal:
         self._append(encode(record))
 
     def forget(self, record: dict[str, Any]) -> None:
-        """Add the last record of an instance whose socket is gone.
+        """Take note that no more records come of an instance; this one was its last.
 
         It stays for who wants to know the last verdict, if there was one.
         """
@@ -106,12 +106,10 @@ class Journal:
             self._append(encode_removal(record["instance"]))
             return
         self.gone[record["instance"]] = record
-        lines = encode(record)
         if len(self.gone) > LONGEST_MEMORY:
             oldest = next(iter(self.gone))
             del self.gone[oldest]
-            lines += encode_removal(oldest)
-        self._append(lines)
+            self._append(encode_removal(oldest))
 
     def check(self) -> None:
         """Write the file anew if it could not be written, or is no more at its path."""

@@ -472,14 +472,10 @@ class Monitor:
     # The record.
 
     def _save(self) -> None:
-        """Have the journal in line with how things stand.
-
-        Of an instance that is gone, its owner has the journal take note.
-        """
-        is_gone = self.phase is Phase.GONE and self.is_idle()
-        if not self._is_saved and not is_gone:
+        """Have the journal in line with how things stand."""
+        if not self._is_saved:
+            self._is_saved = True
             self._surroundings.journal.write(self.record())
-        self._is_saved = True
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""
