@@ -59,10 +59,11 @@ def measure_frozen_log(subject: Subject) -> Figures:
     """
     first, second = [], []
     try:
-        with log_file_system() as file_system, scene(subject) as (load, _):
+        with log_file_system() as file_system, scene(subject) as (load, process):
             for number in range(TRIALS, TRIALS + SLOW_COUNT):
                 load.ask("create", number, 1, PATIENCE_MS)
                 load.ask("create", number + SLOW_COUNT, 1, PATIENCE_MS)
+                process.settle()  # it may have something to log of that
                 with frozen(file_system, FREEZE_SECONDS):
                     first += delays_of(load, number)
                     second += delays_of(load, number + SLOW_COUNT)
