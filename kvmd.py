@@ -29,9 +29,9 @@ from kvmd_process import (
     close_inherited,
     detach,
     find_inherited_pid_file,
+    ignore_report,
     raise_descriptor_limit,
     raise_priority,
-    ignore_report,
     resist_oom_killer,
     sanitize_process,
 )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: not all come back at once, and lines of the status that one turn logs.
 TIMERS_PER_TURN = 16
 STATUS_LINES_PER_TURN = 16
-#: Peers that one turn reads from of those that have used up much of their credit: what
+#: Peers that one turn reads from of those that have used up many of their tokens: what
 #: they say takes up to a tenth of a millisecond each.
 COSTLY_READS_PER_TURN = 32
 #: Seconds that systemd may take at the end for what it had not taken yet.

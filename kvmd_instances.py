@@ -83,7 +83,7 @@ class Instances:
         """Have a monitor do one thing; what goes wrong costs its connection alone."""
         try:
             step(monitor)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the edge where all ends
             self._log.exception(
                 "unexpected error; connecting anew", error, monitor.instance
             )

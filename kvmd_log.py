@@ -148,10 +148,10 @@ class Log:
         if not self._overdue:
             self.info("log file reopened")
 
-    def debug(self, message: str) -> None:
+    def debug(self, message: str, instance: str | None = None) -> None:
         """Log what only `--debug` shows."""
         if self.debugging:
-            self._put("DEBUG", message)
+            self._put("DEBUG", f"{instance}: {message}" if instance else message)
 
     def info(self, message: str, instance: str | None = None) -> None:
         """Log a verdict, or a step of the daemon's life."""

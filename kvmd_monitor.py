@@ -286,25 +286,22 @@ class Monitor:
         patient = time.monotonic() - self.since < PATIENCE
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
-        elif error.errno == errno.EAGAIN:
-            # The backlog is full: somebody does listen.
+        elif error.errno == errno.EAGAIN or patient:
+            self._try_again()
+            # EAGAIN: the backlog is full, so somebody does listen.
             if self.phase is Phase.DEAD:
                 self._enter(Phase.CONNECTING)
             elif self.phase is Phase.CONNECTING and not patient:
                 self.on_overdue()
-            self._try_again()
-        elif patient:
-            self._try_again()
         elif self.phase is not Phase.DEAD:
             self._enter(Phase.DEAD)
-            text = (
+            log = self._surroundings.log
+            tell = log.debug if error.errno == errno.ECONNREFUSED else log.warning
+            tell(
                 f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
-                " each rescan"
+                " each rescan",
+                self.instance,
             )
-            if error.errno == errno.ECONNREFUSED:
-                self._surroundings.log.debug(f"{self.instance}: {text}")
-            else:
-                self._surroundings.log.warning(text, self.instance)
 
     def _try_again(self) -> None:
         """Set the timer for the next attempt to connect, twice as long each time."""
@@ -390,7 +387,7 @@ class Monitor:
         log, protocol = self._surroundings.log, connection.protocol
         if log.debugging:
             for line in data.splitlines():
-                log.debug(f"{self.instance}: <-- {line!r}")
+                log.debug(f"<-- {line!r}", self.instance)
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
         guest = self.guest.state()

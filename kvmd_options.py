@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     options = Options()
     if not arguments:
         return options  # as Ganeti has it; argparse takes a fifth of the start's time
-    import argparse
+    import argparse  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog=DAEMON_NAME,

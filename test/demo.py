@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-TEST = Path(__file__).resolve().parent
-sys.path[:0] = [str(TEST.parent), str(TEST / "helpers")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
 from daemon import Daemon, control_directory
 from qemu import PROGRAM, Message, Qemu, installed_version, is_installed

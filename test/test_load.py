@@ -23,7 +23,7 @@ from deadline import wait_until
 from systemd import Service, Systemd
 from variant import program_with
 
-from kvmd_connection import CREDIT, PIECE_PRICE
+from kvmd_connection import FILL_TIME, TOKEN_INTERVAL
 from kvmd_daemon import STATUS_LINES_PER_TURN, TIMERS_PER_TURN, Daemon
 from kvmd_instances import Instances
 from kvmd_loop import Loop
@@ -57,7 +57,7 @@ kvmd_log.Log.reopen = lambda log: log.info(f"calls: {{calls}}")
 sys.setprofile(count)
 """
 # Seconds in which a peer pays for a byte that begins a line, and has to be recorded.
-PRICE_OF_A_BYTE = 2 * PIECE_PRICE
+INTERVAL_OF_A_BYTE = 2 * TOKEN_INTERVAL
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_peers_that_trickle_bytes_are_recorded_a_few_times_a_second(
     control_dir: Path, crowd: Crowd
 ) -> None:
     names = [f"trickler{number:02}" for number in range(40)]
-    on_credit = CREDIT / PRICE_OF_A_BYTE
+    at_once = FILL_TIME / INTERVAL_OF_A_BYTE
 
     def trickle() -> None:
         while True:
@@ -225,11 +225,11 @@ def test_peers_that_trickle_bytes_are_recorded_a_few_times_a_second(
         crowd.start([*names, "victim"])
         crowd.serve_until_connected([*names, "victim"])
         with in_another_process(trickle):
-            wait_until(lambda: most_records(service) > on_credit + 4, "many records")
+            wait_until(lambda: most_records(service) > at_once + 4, "many records")
             crowd.power_off("victim")
             service.wait_for_verdict("victim")
         most = most_records(service)
-        assert most <= on_credit + (time.monotonic() - start) / PRICE_OF_A_BYTE + 4
+        assert most <= at_once + (time.monotonic() - start) / INTERVAL_OF_A_BYTE + 4
 
 
 def test_what_peers_leave_unfinished_takes_a_few_times_the_room_that_it_needs(

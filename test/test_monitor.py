@@ -15,7 +15,7 @@ from daemon import INSTANCE
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 
-from kvmd_connection import CREDIT, HOSTILE_PAUSE
+from kvmd_connection import FILL_TIME, HOSTILE_PAUSE
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
@@ -391,7 +391,7 @@ def test_a_peer_that_has_paid_is_heard_at_once(
 ) -> None:
     fake_qemu.send(event_line("RESET") * 500)
     read_all(monitor, surroundings)
-    later = time.monotonic() + 2 * CREDIT
+    later = time.monotonic() + 2 * FILL_TIME
     monkeypatch.setattr(time, "monotonic", lambda: later)
     monitor.on_timer()
     monitor.receive()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from deadline import SECONDS, wait_until
 
@@ -59,6 +59,8 @@ def read_log(path: Path) -> str:
     except FileNotFoundError:
         return ""
     return text[: text.rfind("\n") + 1]
+
+Self = TypeVar("Self", bound="Daemon")
 
 
 class Daemon:
@@ -196,7 +198,7 @@ class Daemon:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self: Self) -> Self:
         self.start()
         return self
 
