@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +194,7 @@ def last_verdict(service: Daemon, instance: str = INSTANCE) -> str:
 
 
 def known_verdicts(service: Daemon, instance: str) -> set[str]:
-    """Return the verdicts on an instance that are in the log, or else in the journal."""
+    """Return the verdicts on an instance in the log, or else in the journal."""
     in_log = set(verdicts(service, instance))
     record = records(service).get(instance)
     is_judged = record is not None and record["last"] is not None
@@ -864,10 +865,8 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
         for thread in threads:
             thread.result()
         for life in lives:
-            wait_until(
-                lambda name=life.qemu.name: known_verdicts(service, name),
-                f"a verdict on {life.qemu.name}",
-            )
+            name = life.qemu.name
+            wait_until(partial(known_verdicts, service, name), f"a verdict on {name}")
         service.stop()
     for qemu, way, noted in lives:
         assert known_verdicts(service, qemu.name) == {way.verdict}
