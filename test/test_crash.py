@@ -525,6 +525,23 @@ def test_of_a_journal_that_is_of_no_use_the_daemon_connects_anew(
     assert_connects_anew(service, fake_qemu)
 
 
+def test_what_an_older_version_left_in_the_store_disturbs_nothing(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, service)
+    state = os.memfd_create("state")
+    os.write(state, b"of a form that nobody knows any more")
+    systemd.put("state", state)
+    os.close(state)
+    fake_qemu.send(POWERDOWN)
+    fake_qemu.wait_until_read()
+    crash(service)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [AFTER_POWERDOWN]
+
+
 def test_a_torn_last_line_is_passed_over(
     service: Service, systemd: Systemd, fake_qemu: FakeQemu
 ) -> None:

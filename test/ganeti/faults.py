@@ -88,7 +88,7 @@ def with_the_journals_file_system_full_instances_are_served() -> None:
 
 
 def with_its_kvmd_removed_an_instance_is_served_as_far_as_it_can_be() -> None:
-    """Keep the open connection; without one, leave the other socket to Ganeti."""
+    """Keep the open connection; without it, leave the other socket to Ganeti."""
     with running_instance("removed-kvmd") as instance:
         wait_until("it is monitored", lambda: has_connection(instance))
         remove_kvmd(instance)
