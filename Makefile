@@ -142,6 +142,7 @@ need-tests:
 	python3 python3-pytest python3-pytest-timeout; }
 	@$(call install-packages,mandoc,mandoc)
 	@$(call install-packages,man,man-db)
+	@$(call install-packages,strace,strace)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV)* .worlds dist .pytest_cache

@@ -29,9 +29,9 @@ from kvmd_process import (
     close_inherited,
     detach,
     find_inherited_pid_file,
+    ignore_report,
     raise_descriptor_limit,
     raise_priority,
-    report_to_nobody,
     resist_oom_killer,
     sanitize_process,
 )
@@ -92,9 +92,9 @@ def read_earlier_journal(options: Options, log: Log) -> Contents:
 def adopt_connections(
     earlier: Contents, sockets: dict[int, int]
 ) -> dict[int, socket.socket]:
-    """Return the inherited sockets that are the daemon's connections; close others.
+    """Take over the inherited sockets that are the daemon's; close the others.
 
-    All are given, and returned, by inode number.
+    Keys are inode numbers.
     """
     known = {record.get("connection") for record in earlier.records.values()}
     known |= stored_connections(os.environ)
@@ -129,12 +129,12 @@ def serve(
     inherited: int | None,
     sockets: dict[int, int],
 ) -> int:
-    """Run the daemon, which the command starts anew; return the exit status.
+    """Run the daemon; return the exit status. `command` starts it again.
 
     `inherited` is the locked pid file of a restart in place, `sockets` what sockets the
     process was started with.
     """
-    report: Callable[[str], None] = report_to_nobody
+    report: Callable[[str], None] = ignore_report
     if options.foreground:
         raise_priority()
     elif inherited is None:

@@ -2,8 +2,8 @@
 
 Owns the socket and the protocol's state. Where systemd keeps connections, what is read
 is only looked at (MSG_PEEK) until `take` is called: a daemon that is killed before
-leaves it in the socket. Whatever costs more than a glance is charged to the peer, which
-is a QEMU that its guest may have taken over, and a peer in debt is to be left alone.
+leaves it in the socket. The peer is a QEMU that its guest may have taken over: what it
+makes the daemon do is limited, and beyond that it is to be left alone for a while.
 Knows nothing of instances and verdicts.
 """
 
@@ -22,24 +22,30 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Seconds in which a peer pays for one piece of work, and for how many at once it has
-#: credit. A read that has to be parsed is a piece, and one more for each PIECE_SIZE
-#: bytes; so is a short part of a line, and a record that has to be written, and one more
-#: for each SAVED_PIECE_SIZE bytes in it. QEMU says less of interest in a guest's life.
-PIECE_PRICE = 0.25
-CREDIT = 128 * PIECE_PRICE
-PIECE_SIZE = 256
-SAVED_PIECE_SIZE = 4096
-#: Seconds for which a peer is left alone at least that has used up its credit.
+#: A token bucket limits what a peer may cost. It holds 128 tokens, and gets one back
+#: each TOKEN_INTERVAL seconds. A read that has to be parsed takes one, and one more for
+#: each TOKEN_SIZE bytes; so does a short part of a line, and a record that has to be
+#: written, with one more for each SAVED_TOKEN_SIZE bytes. QEMU says less in its life.
+TOKEN_INTERVAL = 0.25
+#: Seconds in which an empty bucket fills up.
+FILL_TIME = 128 * TOKEN_INTERVAL
+TOKEN_SIZE = 256
+SAVED_TOKEN_SIZE = 4096
+#: A peer whose bucket takes longer than this to fill up comes after the others.
+COSTLY_FILL_TIME = FILL_TIME / 8
+#: Seconds for which a peer is left alone at least whose bucket is empty.
 SHORTEST_PAUSE = 0.1
 #: Seconds for which a peer is left alone that sends descriptors (`limited_stalls`).
 HOSTILE_PAUSE = 10.0
+
+#: As a plain number: an operation of an enum.Flag takes as long as a system call.
+CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class Connection:
     """A non-blocking connection to QEMU."""
 
-    __slots__ = ("_debt_until", "_flags", "_peeked", "protocol", "socket")
+    __slots__ = ("_flags", "_full_at", "_peeked", "protocol", "socket")
 
     def __init__(
         self, connected: socket.socket, protocol: Protocol, peek: bool
@@ -54,8 +60,8 @@ class Connection:
         self._flags = socket.MSG_PEEK if peek else 0
         #: What was looked at, and is not taken out yet.
         self._peeked = b""
-        #: When the peer will have paid for what it had parsed (time.monotonic()).
-        self._debt_until = 0.0
+        #: When the token bucket will be full again (time.monotonic()).
+        self._full_at = 0.0
 
     def fileno(self) -> int:
         """Return the file descriptor."""
@@ -95,7 +101,7 @@ class Connection:
             # The beginning of a line is left to the kernel, if a whole one comes first.
             data = data[: data.rfind(b"\n") + 1] or data
             self._peeked = data
-        return data, bool(flags & socket.MSG_CTRUNC)
+        return data, bool(flags & CONTROL_TRUNCATED)
 
     def take(self) -> None:
         """Take out of the socket what was only looked at before."""
@@ -104,11 +110,11 @@ class Connection:
             self._peeked = b""
 
     def export_peeked(self) -> list[int] | None:
-        """Return what tells the bytes that `take` is to take out: number and checksum."""
+        """Return length and checksum of the bytes that `take` will remove."""
         return [len(self._peeked), crc32(self._peeked)] if self._peeked else None
 
     def take_peeked(self, peeked: list[int] | None) -> None:
-        """Take out what an earlier daemon acted on, if it did not live to do so.
+        """Remove what an earlier daemon acted on, and was killed before it removed it.
 
         QEMU does not say the same twice, for each event has its time stamp.
         """
@@ -122,25 +128,30 @@ class Connection:
         if [len(data), crc32(data)] == [length, checksum]:
             self.socket.recv(length)
 
+    @property
+    def is_costly(self) -> bool:
+        """Whether the peer has used up a good part of its tokens."""
+        return self._full_at - time.monotonic() > COSTLY_FILL_TIME
+
     def charge(self, data: bytes, size: int, was_saved: bool) -> float:
-        """Charge the peer for what was read; return the seconds to leave it alone.
+        """Take tokens for what was read; return the seconds to leave the peer alone.
 
         `size` is that of the data with the beginning of its first line, which was read
         before; `was_saved` tells whether a record had to be written.
         """
-        pieces = 0
+        tokens = 0
         if self.protocol.read_size == CAREFUL_READ_SIZE:
-            pieces = 1 + size // PIECE_SIZE
-        elif len(data) < PIECE_SIZE and b"\n" not in data:
-            pieces = 1
+            tokens = 1 + size // TOKEN_SIZE
+        elif len(data) < TOKEN_SIZE and b"\n" not in data:
+            tokens = 1
         if was_saved:
-            pieces += 1 + self.protocol.pending // SAVED_PIECE_SIZE
-        if not pieces:
+            tokens += 1 + self.protocol.pending // SAVED_TOKEN_SIZE
+        if not tokens:
             return 0.0
         now = time.monotonic()
-        self._debt_until = max(self._debt_until, now) + pieces * PIECE_PRICE
-        debt = self._debt_until - now - CREDIT
-        return max(debt, SHORTEST_PAUSE) if debt > 0 else 0.0
+        self._full_at = max(self._full_at, now) + tokens * TOKEN_INTERVAL
+        missing = self._full_at - now - FILL_TIME
+        return max(missing, SHORTEST_PAUSE) if missing > 0 else 0.0
 
     def export_kept(self) -> dict[str, Any] | None:
         """Return what of it has to be known before `take`; None if nothing has to."""

@@ -1,7 +1,7 @@
 """Files in directories that others than root may write: no symlink, fifo or device.
 
-/var/log/ganeti and /var/run/ganeti belong to Ganeti's own users. What root appends to
-a file of their choice may make root of them, and a fifo of theirs keeps root waiting.
+/var/log/ganeti and /var/run/ganeti belong to Ganeti's own users. By appending
+to a file of their choice, root could give them its rights; a fifo keeps root waiting.
 """
 
 from __future__ import annotations

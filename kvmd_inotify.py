@@ -11,6 +11,7 @@ all: `DirectoryWatch.follow` finds out.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -242,7 +243,6 @@ class DirectoryWatch:
             directory, name = os.path.split(directory)
 
     def _forget(self, wd: int) -> None:
-        try:
+        # Its directory may be gone, and the watch with it.
+        with contextlib.suppress(OSError):
             self._inotify.rm_watch(wd)
-        except OSError:
-            pass  # its directory is gone, and the watch with it

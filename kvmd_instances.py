@@ -32,6 +32,8 @@ SUFFIXES = {
 }
 #: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
 SETTLING_TIME = 1.0
+#: Seconds at least between looks at those that have.
+SETTLING_INTERVAL = 0.1
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
 #: Reads of an old connection before a new process takes its instance's name.
@@ -40,21 +42,7 @@ LAST_READS = 64
 NO_INOTIFY = "inotify does not work"
 UNSETTLED = "the control directory's path can't be watched as a whole"
 UNREADABLE = "the control directory can't be read"
-
-
-class LoneSocket:
-    """A second-best socket of an instance that has no better one, for a while."""
-
-    __slots__ = ("due", "instance", "use")
-
-    def __init__(self, instance: str, use: Callable[[str], None]) -> None:
-        self.due: float | None = None
-        self.instance = instance
-        self.use = use
-
-    def on_timer(self) -> None:
-        """Take note that it has stood alone for long enough."""
-        self.use(self.instance)
+UNLISTED = "which sockets are listened on can't be told; leaving each .qmp alone"
 
 
 class Instances:
@@ -75,8 +63,11 @@ class Instances:
         self._suffixes = suffixes
         self._rescan_interval = rescan_interval or NEVER
         self._watch: DirectoryWatch | None = None
-        self._lone: dict[str, LoneSocket] = {}
-        #: Paths of which a warning has told, for what they are or lack.
+        #: Instance -> when its second-best socket will have stood alone for so long.
+        self._lone: dict[str, float] = {}
+        #: When the first of them will be looked at (time.monotonic()).
+        self.due: float | None = None
+        #: What a warning has told of a path, for what it is or lacks.
         self._told: set[str] = set()
 
     @property
@@ -92,7 +83,7 @@ class Instances:
         """Have a monitor do one thing; what goes wrong costs its connection alone."""
         try:
             step(monitor)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the edge where all ends
             self._log.exception(
                 "unexpected error; connecting anew", error, monitor.instance
             )
@@ -123,9 +114,9 @@ class Instances:
             old.due = None
             monitor.file.judgement = old.file.judgement
             monitor.file.give_up()
-        elif instance in self._surroundings.journal.gone:
-            record = self._surroundings.journal.gone.pop(instance)
-            monitor.file.judgement = restore_judgement(record["last"])
+        gone = self._surroundings.journal.gone.pop(instance, None)
+        if old is None and gone is not None:
+            monitor.file.judgement = restore_judgement(gone["last"])
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)
 
@@ -134,18 +125,20 @@ class Instances:
         for _ in range(LAST_READS):
             if not monitor.receive() or monitor in self._surroundings.paused:
                 break
+        monitor.on_removed()
 
     def _forget(self, monitor: Monitor) -> None:
         monitor.due = None
         if self.monitors.get(monitor.instance) is monitor:
             del self.monitors[monitor.instance]
-            self._surroundings.journal.forget(monitor.record())
             self._look_for(monitor.instance)
 
     def _look_for(self, instance: str) -> None:
         """Monitor the instance's best socket, unless that is monitored already."""
-        suffix = self._best_suffix(instance)
         monitor = self.monitors.get(instance)
+        if monitor and monitor.suffix == self._suffixes[0] and monitor.is_of_socket():
+            return
+        suffix = self._best_suffix(instance)
         if suffix is None:
             return
         if monitor is not None and suffix == monitor.suffix:
@@ -154,8 +147,9 @@ class Instances:
         elif suffix == self._suffixes[0]:
             self._start(instance, suffix)
         elif (monitor is None or monitor.is_idle()) and instance not in self._lone:
-            self._lone[instance] = LoneSocket(instance, self._use_lone_socket)
-            self._surroundings.loop.set_timer(self._lone[instance], SETTLING_TIME)
+            self._lone[instance] = time.monotonic() + SETTLING_TIME
+            if self.due is None:
+                self._surroundings.loop.set_timer(self, SETTLING_TIME)
 
     def _best_suffix(self, instance: str) -> str | None:
         for suffix in self._suffixes:
@@ -171,16 +165,35 @@ class Instances:
             )
         return None
 
-    def _use_lone_socket(self, instance: str) -> None:
+    def on_timer(self) -> None:
+        """Use what has stood alone for long enough.
+
+        For all of it the names that are listened on are read once: that takes long.
+        """
+        now = time.monotonic()
+        try:
+            listening = listening_names(self._directory)
+        except OSError as error:
+            self._log.begin_trouble(UNLISTED, f"{error.filename}: {error.strerror}")
+            self._surroundings.loop.set_timer(self, SETTLING_TIME)
+            return
+        self._log.end_trouble(UNLISTED)
+        for instance in [name for name, due in self._lone.items() if due <= now]:
+            del self._lone[instance]
+            self._use_lone_socket(instance, listening)
+        if self._lone:
+            delay = min(self._lone.values()) - now
+            self._surroundings.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
+
+    def _use_lone_socket(self, instance: str, listening: set[str]) -> None:
         """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
-        del self._lone[instance]
         suffix = self._best_suffix(instance)
         monitor = self.monitors.get(instance)
         if suffix in (None, self._suffixes[0]) or (monitor and not monitor.is_idle()):
             return
         better = instance + self._suffixes[0]
         path = f"{self._directory}/{instance}{suffix}"
-        if better in listening_names(self._directory):
+        if better in listening:
             self._tell_once(
                 path,
                 f"left to Ganeti, though somebody has removed {better}, on which QEMU"
@@ -197,9 +210,10 @@ class Instances:
         self._start(instance, str(suffix))
 
     def _tell_once(self, path: str, text: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            self._log.warning(f"{path}: {text}")
+        warning = f"{path}: {text}"
+        if warning not in self._told:
+            self._told.add(warning)
+            self._log.warning(warning)
 
     def _instance_of(self, name: str) -> str | None:
         """Return the instance that a file name in the directory tells of."""
@@ -317,8 +331,8 @@ class Instances:
         for monitor in list(self.monitors.values()):
             if monitor.phase is Phase.DEAD:
                 self.perform(monitor, Monitor.connect)
-            elif monitor.instance not in instances and monitor.is_idle():
-                self._forget(monitor)
+            elif monitor.instance not in instances:
+                self.perform(monitor, Monitor.on_removed)
         for instance in instances:
             self._look_for(instance)
 

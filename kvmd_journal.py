@@ -46,6 +46,8 @@ FORMAT = 1
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 #: Bytes that may be out of date beside as many as are not.
 SLACK = 65536
+#: Bytes of the file that are in memory at once.
+BUFFER_SIZE = 65536
 #: Instances that are gone, whose last verdict is kept for `--status`.
 LONGEST_MEMORY = 1000
 UNWRITABLE = "the journal can't be written"
@@ -101,17 +103,15 @@ class Journal:
         It stays for who wants to know the last verdict, if there was one.
         """
         if record["last"] is None:
-            self._remove(record["instance"])
+            self._append(encode_removal(record["instance"]))
             return
         self.gone[record["instance"]] = record
+        lines = encode(record)
         if len(self.gone) > LONGEST_MEMORY:
             oldest = next(iter(self.gone))
             del self.gone[oldest]
-            self._remove(oldest)
-        self._append(encode(record))
-
-    def _remove(self, instance: str) -> None:
-        self._append(encode({"instance": instance, "removed": True}))
+            lines += encode_removal(oldest)
+        self._append(lines)
 
     def check(self) -> None:
         """Write the file anew if it could not be written, or is no more at its path."""
@@ -119,40 +119,49 @@ class Journal:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
                     return
+            self.close()
         self.begin()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
         if self._fd is None:
             return
         try:
-            if os.write(self._fd, line) < len(line):
+            if os.write(self._fd, lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._give_up(error)
             return
-        self._size += len(line)
+        self._size += len(lines)
         if self._size > self._limit:
             self._compact()
 
     def _compact(self) -> None:
         """Write the file anew with the last record of each instance."""
         assert self._fd is not None
-        lines = os.pread(self._fd, self._size, 0).split(b"\n")[1:-1]
-        last = {instance_part(line): line + b"\n" for line in lines}
-        self._replace(line for line in last.values() if b'"removed": true' not in line)
+        # Line by line: the allocator would not give back the room for all of them.
+        with open(self._fd, "rb", BUFFER_SIZE, closefd=False) as file:
+            file.seek(0)
+            last = {instance_part(line): at for at, line in enumerate(file) if at}
+            current = set(last.values())
+            file.seek(0)
+            self._replace(
+                line
+                for at, line in enumerate(file)
+                if at in current and b'"removed": true' not in line
+            )
 
     def _replace(self, lines: Iterable[bytes]) -> bool:
         """Put a file with these records in the place of the old one."""
         new = self.path + ".new"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        data = b"".join([self._header(), *lines])
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(new)
             fd = os.open(new, flags | os.O_NOFOLLOW, 0o600)
             try:
-                if os.write(fd, data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                with open(fd, "wb", BUFFER_SIZE, closefd=False) as file:
+                    file.write(self._header())
+                    file.writelines(lines)
                 os.rename(new, self.path)
             except OSError:
                 os.close(fd)
@@ -160,11 +169,17 @@ class Journal:
                     os.unlink(new)
                 raise
         except OSError as error:
-            self._give_up(error)
+            if self._fd is None:
+                self._give_up(error)
+            else:  # what is there is right, and can be added to
+                self._limit *= 2
+                self._log.warning(
+                    f"{self.path}: can't be written anew ({error.strerror}); it grows"
+                )
             return False
         self.close()
-        self._fd, self._size = fd, len(data)
-        self._limit = 2 * len(data) + SLACK
+        self._fd, self._size = fd, os.fstat(fd).st_size
+        self._limit = 2 * self._size + SLACK
         self._log.end_trouble(UNWRITABLE)
         return True
 
@@ -183,9 +198,8 @@ class Journal:
 
     def _give_up(self, error: OSError) -> None:
         """Go on without it. What is there must not be taken for how things stand."""
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
         self.close()
         self._log.begin_trouble(
             UNWRITABLE,
@@ -203,6 +217,11 @@ class Journal:
 def encode(record: dict[str, Any]) -> bytes:
     """Return a line of the journal."""
     return json.dumps(record).encode() + b"\n"
+
+
+def encode_removal(instance: str) -> bytes:
+    """Return the line that removes an instance."""
+    return encode({"instance": instance, "removed": True})
 
 
 def instance_part(line: bytes) -> bytes:
@@ -254,6 +273,8 @@ def parse_records(
             instance = record["instance"]
             if not isinstance(instance, str):
                 raise ValueError("an instance without a name")
+            if not isinstance(record.get("connection"), (int, type(None))):
+                raise ValueError("a connection that is no number")
         except (ValueError, KeyError) as error:
             problem = f"{error}: {line[:80]!r}"
             continue

@@ -72,8 +72,8 @@ class Log:
     #: Lines about one instance within PERIOD seconds, not counting debug messages.
     LINES_PER_PERIOD = 60
     PERIOD = 60.0
-    #: Characters that may be queued.
-    QUEUE_LIMIT = 65536
+    #: Characters that may be queued: the verdicts on some thousand guests at once.
+    QUEUE_LIMIT = 1 << 20
 
     def __init__(
         self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()
@@ -148,10 +148,10 @@ class Log:
         if not self._overdue:
             self.info("log file reopened")
 
-    def debug(self, message: str) -> None:
+    def debug(self, message: str, instance: str | None = None) -> None:
         """Log what only `--debug` shows."""
         if self.debugging:
-            self._put("DEBUG", message)
+            self._put("DEBUG", f"{instance}: {message}" if instance else message)
 
     def info(self, message: str, instance: str | None = None) -> None:
         """Log a verdict, or a step of the daemon's life."""

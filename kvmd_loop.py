@@ -1,7 +1,7 @@
 """The loop's parts: the selector, the timers, and the limit on what one turn waits.
 
-Owns what is waited for. Who is woken is a handler; what it does then, and in which
-order, is the daemon's affair. All times are time.monotonic()'s seconds.
+Owns the selector and the timers, and returns the handlers that are ready. What they do,
+and in which order, the daemon decides. All times are time.monotonic()'s seconds.
 """
 
 from __future__ import annotations

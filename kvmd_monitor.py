@@ -141,7 +141,7 @@ class Surroundings:
         """Return when the next peer has been silent for too long."""
         while self._ungreeted:
             monitor = self._ungreeted[0]
-            if monitor.phase is Phase.AWAITING_GREETING:
+            if monitor.connection and monitor.phase is Phase.AWAITING_GREETING:
                 return monitor.since + PATIENCE
             self._ungreeted.popleft()
         return NEVER
@@ -211,7 +211,7 @@ class Monitor:
         Whatever else may have been done to the file, it is the same QEMU's.
         """
         status = socket_status(self.path)
-        if status is None:
+        if status is None or self.identity is None:
             return False
         if status != self._status:
             if hash(socket_identity(self.path)) != self.identity:
@@ -236,7 +236,6 @@ class Monitor:
             self._wait(error)
             self._save()
         else:
-            self.guest.on_connect()
             self._adopt(connected, Protocol())
             self._negotiate()
 
@@ -249,9 +248,15 @@ class Monitor:
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
-    def _adopt(self, connected: socket.socket, protocol: Protocol) -> None:
+    def _adopt(
+        self,
+        connected: socket.socket,
+        protocol: Protocol,
+        peeked: list[int] | None = None,
+    ) -> None:
         store = self._surroundings.store
         self.connection = Connection(connected, protocol, store.is_enabled)
+        self.connection.take_peeked(peeked)
         store.store(connected)
         self._surroundings.loop.register(self.connection, self)
 
@@ -270,32 +275,33 @@ class Monitor:
 
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
+            if self.phase is not Phase.WAITING:
+                self._enter(Phase.WAITING)
+            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
+            return
+        if self.phase is Phase.WAITING:
+            self._enter(Phase.CONNECTING)
         patient = time.monotonic() - self.since < PATIENCE
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
-        elif error.errno in {errno.EMFILE, errno.ENFILE}:
-            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
-            self._enter(Phase.WAITING)
-            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
-        elif error.errno == errno.EAGAIN:
-            # The backlog is full: somebody does listen.
+        elif error.errno == errno.EAGAIN or patient:
+            self._try_again()
+            # EAGAIN: the backlog is full, so somebody does listen.
             if self.phase is Phase.DEAD:
                 self._enter(Phase.CONNECTING)
             elif self.phase is Phase.CONNECTING and not patient:
                 self.on_overdue()
-            self._try_again()
-        elif patient:
-            self._try_again()
         elif self.phase is not Phase.DEAD:
             self._enter(Phase.DEAD)
-            text = (
+            log = self._surroundings.log
+            tell = log.debug if error.errno == errno.ECONNREFUSED else log.warning
+            tell(
                 f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
-                " each rescan"
+                " each rescan",
+                self.instance,
             )
-            if error.errno == errno.ECONNREFUSED:
-                self._surroundings.log.debug(f"{self.instance}: {text}")
-            else:
-                self._surroundings.log.warning(text, self.instance)
 
     def _try_again(self) -> None:
         """Set the timer for the next attempt to connect, twice as long each time."""
@@ -305,8 +311,6 @@ class Monitor:
     def on_timer(self) -> None:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
-            if self.phase is Phase.WAITING:
-                self._enter(Phase.CONNECTING)
             self.connect()
         elif self.connection is not None and self in self._surroundings.paused:
             self._surroundings.paused.remove(self)
@@ -329,7 +333,7 @@ class Monitor:
 
     def on_removed(self) -> None:
         """Take note that the name is gone: what stands there next may be new."""
-        if self.connection is None:
+        if self.connection is None and self.phase is not Phase.GONE:
             self._enter(Phase.GONE)
             self._save()
 
@@ -337,11 +341,14 @@ class Monitor:
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        if self.connection is not None:
-            self._surroundings.loop.unregister(self.connection)
+        connection, self.connection = self.connection, None
+        self._let_go(connection)
+
+    def _let_go(self, connection: Connection | None) -> None:
+        if connection is not None:
+            self._surroundings.loop.unregister(connection)
             self._surroundings.paused.discard(self)
-            self._surroundings.store.close(self.connection.socket)
-            self.connection = None
+            self._surroundings.store.close(connection.socket)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there was anything to read."""
@@ -380,10 +387,10 @@ class Monitor:
         log, protocol = self._surroundings.log, connection.protocol
         if log.debugging:
             for line in data.splitlines():
-                log.debug(f"{self.instance}: <-- {line!r}")
+                log.debug(f"<-- {line!r}", self.instance)
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
-        guest = self.guest.export() if messages else None
+        guest = self.guest.state()
         last = None
         for message in messages:
             ruling = self._take_message(message)
@@ -391,7 +398,7 @@ class Monitor:
         if last is not None:
             self.file.carry_out(*last)
             self._follow_file()
-        if messages and self.guest.export() != guest:
+        if self.guest.state() != guest:
             self._is_saved = False
         if connection.export_kept() != kept:
             self._is_saved = False
@@ -418,13 +425,16 @@ class Monitor:
         return self.guest.on_event(message.name, message.data, message.time)
 
     def _end(self) -> None:
-        """Take the end of the connection."""
-        ruling = self.guest.on_end()
+        """Take the end of the connection.
+
+        One without a greeting may be to the tail of a QEMU, and says nothing.
+        """
+        ruling = self.guest.on_end() if self.phase is Phase.CONNECTED else None
         if ruling is not None:
             self.file.carry_out(ruling, None)
             self._follow_file()
         lasted = time.monotonic() - self.since
-        self.close()
+        connection, self.connection = self.connection, None
         if socket_status(self.path) is None:
             self._enter(Phase.GONE)
         elif self.guest.ruling is not None:
@@ -435,6 +445,8 @@ class Monitor:
                 self._delay = FIRST_DELAY
             self._enter(Phase.CONNECTING)
             self._try_again()
+        self._save()
+        self._let_go(connection)
 
     def abandon(self) -> None:
         """Give the connection up after an unexpected error; try again, slowly."""
@@ -447,21 +459,29 @@ class Monitor:
         self.phase = phase
         self.since = time.monotonic()
         self._is_saved = False
-        if phase in {Phase.GONE, Phase.DEAD}:
+        if phase is Phase.GONE or phase is Phase.DEAD:
             self._judge_unobserved_end()
 
     # The verdict.
 
     def _judge_unobserved_end(self) -> None:
-        """Take note of a guest that went down while there was no connection."""
-        if self.connection is None and self.guest.on_end() is not None:
-            self._surroundings.log.info(
-                "went down while it was not monitored; nobody can know whose doing it"
-                " was, so it counts as a crash",
-                self.instance,
-            )
-            self.file.carry_out(Ruling(Verdict.NOT_USER, "unobserved"), None)
-            self._follow_file()
+        """Take note of a guest that went down while there was no connection.
+
+        A running guest has no shutdown file: one that is there was made by a daemon
+        that did not live to say so.
+        """
+        if self.connection is not None or self.guest.on_end() is None:
+            return
+        verdict = Verdict.NOT_USER
+        text = "nobody can know whose doing it was, so it counts as a crash"
+        if os.path.exists(self.file.path) and not self.file.is_pending:
+            verdict = Verdict.USER
+            text = "its shutdown file was made, and counts"
+        self._surroundings.log.info(
+            f"went down while it was not monitored; {text}", self.instance
+        )
+        self.file.carry_out(Ruling(verdict, "unobserved"), None)
+        self._follow_file()
 
     def _follow_file(self) -> None:
         """Take note of what became of the shutdown file."""
@@ -475,7 +495,10 @@ class Monitor:
         """Have the journal in line with how things stand."""
         if not self._is_saved:
             self._is_saved = True
-            self._surroundings.journal.write(self.record())
+            if self.phase is Phase.GONE and self.is_idle():
+                self._surroundings.journal.forget(self.record())
+            else:
+                self._surroundings.journal.write(self.record())
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""
@@ -516,9 +539,7 @@ class Monitor:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
-            monitor._adopt(connected, protocol)
-            assert monitor.connection is not None
-            monitor.connection.take_peeked(record["peeked"])
+            monitor._adopt(connected, protocol, record["peeked"])
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
         elif phase is Phase.ENDED:

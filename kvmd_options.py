@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     options = Options()
     if not arguments:
         return options  # as Ganeti has it; argparse takes a fifth of the start's time
-    import argparse
+    import argparse  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog=DAEMON_NAME,
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str]) -> Options:
             ["--no-cluster-checks"],
             "don't ask the cluster's settings; for trials without Ganeti",
         ),
-        (["--check"], "say what prevents detection on this node, then exit"),
+        (["--check"], "report what prevents detection on this node, then exit"),
     ]:
         add(*flags, action="store_true", help=meaning)
     add(
@@ -71,8 +71,7 @@ def parse_arguments(arguments: list[str]) -> Options:
         nargs="?",
         const="text",
         choices=["text", "json"],
-        help="say how each instance stands, for people (default) or for programs, then"
-        " exit",
+        help="show the state of each instance, as text (default) or JSON, then exit",
     )
     add(
         "--syslog",
@@ -103,7 +102,7 @@ def parse_arguments(arguments: list[str]) -> Options:
         "--rescan-interval",
         metavar="SECONDS",
         type=interval,
-        help="how often to look for sockets that no event told of, 0 for never"
+        help="seconds between looks for sockets that inotify did not report, 0: never"
         f" (default: {options.rescan_interval:g})",
     )
     # Not argparse's own action, which asks no more what other options there are: a

@@ -69,7 +69,7 @@ class PidFile:
             if self._is_at_path(fd):
                 return fd
             os.close(fd)  # its last holder has removed it in between
-        raise StartError(f"{self.path} is removed again and again")
+        raise StartError(f"{self.path} can't be locked: somebody keeps removing it")
 
     def _lock(self, fd: int) -> None:
         try:
@@ -218,8 +218,8 @@ def detach() -> Callable[[str], None]:
     return report_to_starter
 
 
-def report_to_nobody(problem: str) -> None:
-    """Take what `detach` has a function for, where no starter waits for it."""
+def ignore_report(problem: str) -> None:
+    """Take the report on the start where no starter waits for it."""
 
 
 def raise_descriptor_limit() -> int:

@@ -17,6 +17,7 @@ import collections
 import json
 import re
 import sys
+from binascii import a2b_base64, b2a_base64
 
 from kvmd_verdict import EFFECTS
 
@@ -199,7 +200,8 @@ class Protocol:
         return {
             "greeted": self._greeted,
             "answered": self._answered,
-            "unfinished": self._unfinished.decode("latin-1"),
+            # JSON needs six characters for a byte that is no text.
+            "unfinished": b2a_base64(self._unfinished, newline=False).decode(),
             "overlong": self._overlong,
             "complaint": self.complaint or "",
         }
@@ -219,7 +221,7 @@ class Protocol:
         protocol._greeted = members["greeted"]
         protocol._answered = members["answered"]
         protocol._overlong = members["overlong"]
-        protocol._keep(members["unfinished"].encode("latin-1"))
+        protocol._keep(a2b_base64(members["unfinished"]))
         protocol.complaint = members["complaint"] or protocol.complaint
         return protocol
 

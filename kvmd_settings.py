@@ -66,7 +66,8 @@ def judge_vm_capable(text: str, host: str) -> Finding:
     for line in text.splitlines():
         node, _, value = line.strip().partition("=")
         if value not in {"True", "False"}:
-            return Finding(Level.BROKEN, f"no line like node=True: {line[:80]!r}")
+            text = f"a line that is not like node=True: {line[:80]!r}"
+            return Finding(Level.BROKEN, text)
         capable[node.lower()] = value == "True"
     namesakes = [node for node in capable if node.partition(".")[0] == host]
     node = host if host in capable or len(namesakes) != 1 else namesakes[0]

@@ -81,7 +81,7 @@ class ShutdownFile:
                 outcome = self._remove()
         except OSError as error:
             return error
-        self.judgement = self.judgement._replace(time=time.time(), file=outcome)
+        self.judgement = Judgement(*self.judgement[:3], time.time(), outcome)
         if not self._says_nothing(self.judgement):
             self._log.info(describe(self.judgement), self._instance)
         return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import operator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ NOT_USER_REASONS = {
     "host-ui",
     "host-error",
 }
+#: All that is named as the cause; of any other reason counts only if the guest did it.
+REASONS = {"guest-shutdown", *NOT_USER_REASONS}
 #: What in the state of the guest speaks against its user, by the cause that SHUTDOWN
 #: names: the reason guest-shutdown; only that the guest did it (QEMU 2.10 to 3.1); none
 #: (older ones). Any other cause is not the user.
@@ -132,6 +135,10 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+#: Returns the values of a guest's attributes, in that order.
+STATE = operator.attrgetter(*TYPES)
+
+
 class Guest:
     """What is known of the guest of one QEMU process: a state machine without I/O."""
 
@@ -145,14 +152,10 @@ class Guest:
         self.panicked = False
         #: One of ENDING_WATCHDOG_ACTIONS, if it was taken.
         self.watchdog_action: str | None = None
-        #: Seen alive in this connection.
+        #: Seen alive since the last end of a connection.
         self.seen_alive = False
         #: The verdict on this run of the guest: the first one counts.
         self.ruling: Ruling | None = None
-
-    def on_connect(self) -> None:
-        """Take the start of a connection."""
-        self.seen_alive = False
 
     def on_status(self, status: str) -> Ruling | None:
         """Take the answer to query-status, a RunState."""
@@ -198,10 +201,15 @@ class Guest:
             cause += f",watchdog-{self.watchdog_action}"
         return Ruling(Verdict.NOT_USER, cause)
 
+    def state(self) -> tuple[object, ...]:
+        """Return the state, to be compared with another one."""
+        return STATE(self)
+
     def export(self) -> dict[str, object]:
         """Return the state as JSON can hold it."""
-        record = {name: getattr(self, name) for name in TYPES}
-        return {**record, "ruling": self.ruling and self.ruling.export()}
+        record = dict(zip(TYPES, self.state()))
+        record["ruling"] = self.ruling and self.ruling.export()
+        return record
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Guest:
@@ -249,6 +257,6 @@ def cause_of_shutdown(data: object) -> str:
     if not isinstance(data, dict):
         return "malformed"
     reason = data.get("reason")
-    if isinstance(reason, str) and reason in {"guest-shutdown", *NOT_USER_REASONS}:
+    if isinstance(reason, str) and reason in REASONS:
         return reason
     return "guest" if data.get("guest") is True else "not-guest"

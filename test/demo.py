@@ -17,7 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
 from daemon import Daemon, control_directory
 from qemu import PROGRAM, Message, Qemu, installed_version, is_installed

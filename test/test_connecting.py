@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import threading
@@ -584,6 +585,52 @@ def test_a_qmp_that_is_used_for_want_of_a_kvmd_is_worth_a_warning(
     qmp.negotiate()
     daemon.wait_for_log(f" INFO {INSTANCE}: connected .*{INSTANCE}.qmp$")
     daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: used, since there is no ")
+
+
+def test_a_qmp_that_was_used_once_and_is_left_to_ganeti_now_is_told_of_anew(
+    daemon: Daemon, make_fake_qemu: StartFakeQemu
+) -> None:
+    qmp, kvmd = make_fake_qemu(INSTANCE, ".qmp"), make_fake_qemu(INSTANCE, ".kvmd")
+    qmp.listen()
+    qmp.negotiate()
+    daemon.wait_until_connected(INSTANCE)
+    qmp.exit()
+    daemon.send_signal(signal.SIGSTOP)
+    kvmd.listen()
+    kvmd.path.unlink()
+    qmp.listen()
+    daemon.send_signal(signal.SIGCONT)
+    daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: left to Ganeti, ")
+
+
+def test_many_a_qmp_that_is_alone_takes_one_look_at_who_listens(
+    control_dir: Path, make_fake_qemu: StartFakeQemu
+) -> None:
+    look = "names = kvmd_instances.listening_names\n"
+    count = "lambda path: print('looked', file=sys.stderr) or names(path)"
+    program = program_with(
+        control_dir.parent, f"{look}kvmd_instances.listening_names = {count}"
+    )
+    for number in range(100):
+        make_fake_qemu(f"web{number}", ".qmp").listen()
+    with Daemon(control_dir, program=program) as daemon:
+        daemon.wait_for_log(" WARNING .*: used, since there is no ", 100)
+        assert 1 <= daemon.stderr.count("looked\n") <= 3
+
+
+def test_without_a_look_at_who_listens_a_qmp_is_left_alone(
+    control_dir: Path, make_fake_qemu: StartFakeQemu
+) -> None:
+    with Daemon(control_dir, "--rescan-interval=0") as daemon:
+        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (5, limits[1]))
+        qmp = make_fake_qemu(INSTANCE, ".qmp")
+        qmp.listen()
+        daemon.wait_for_log(" WARNING which sockets are listened on can't be told")
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+        qmp.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        daemon.stop()
 
 
 def test_a_kvmd_with_too_long_a_path_does_not_hide_the_qmp(

@@ -10,11 +10,11 @@ import pytest
 from fake_qemu import event_line
 
 from kvmd_connection import (
-    CREDIT,
-    PIECE_PRICE,
-    PIECE_SIZE,
-    SAVED_PIECE_SIZE,
+    FILL_TIME,
+    SAVED_TOKEN_SIZE,
     SHORTEST_PAUSE,
+    TOKEN_INTERVAL,
+    TOKEN_SIZE,
     Connection,
 )
 from kvmd_qmp import CAREFUL_READ_SIZE, READ_SIZE, Protocol
@@ -151,7 +151,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def charge_pieces(line: Line, count: int) -> float:
+def charge_tokens(line: Line, count: int) -> float:
     """Charge for so many short reads that have to be parsed; return the last pause."""
     line.protocol.read_size = CAREFUL_READ_SIZE
     pause = 0.0
@@ -160,34 +160,37 @@ def charge_pieces(line: Line, count: int) -> float:
     return pause
 
 
-def test_a_peer_has_credit_then_pays(line: Line, clock: list[float]) -> None:
-    pieces = round(CREDIT / PIECE_PRICE)
-    assert charge_pieces(line, pieces) == 0
-    assert charge_pieces(line, 1) == pytest.approx(max(PIECE_PRICE, SHORTEST_PAUSE))
-    assert charge_pieces(line, 9) == pytest.approx(10 * PIECE_PRICE)
+def test_a_peer_has_its_tokens_then_is_left_alone(
+    line: Line, clock: list[float]
+) -> None:
+    tokens = round(FILL_TIME / TOKEN_INTERVAL)
+    assert charge_tokens(line, tokens) == 0
+    longest = max(TOKEN_INTERVAL, SHORTEST_PAUSE)
+    assert charge_tokens(line, 1) == pytest.approx(longest)
+    assert charge_tokens(line, 9) == pytest.approx(10 * TOKEN_INTERVAL)
 
 
-def test_a_debt_is_paid_with_time(line: Line, clock: list[float]) -> None:
-    pieces = round(CREDIT / PIECE_PRICE)
-    charge_pieces(line, pieces + 10)
-    clock[0] += 11 * PIECE_PRICE
-    assert charge_pieces(line, 1) == 0
-    clock[0] += 2 * CREDIT
-    assert charge_pieces(line, pieces) == 0
-    assert charge_pieces(line, 1) > 0
+def test_tokens_come_back_with_time(line: Line, clock: list[float]) -> None:
+    tokens = round(FILL_TIME / TOKEN_INTERVAL)
+    charge_tokens(line, tokens + 10)
+    clock[0] += 11 * TOKEN_INTERVAL
+    assert charge_tokens(line, 1) == 0
+    clock[0] += 2 * FILL_TIME
+    assert charge_tokens(line, tokens) == 0
+    assert charge_tokens(line, 1) > 0
 
 
 @pytest.mark.parametrize(
-    ("read_size", "data", "size", "was_saved", "pending", "pieces"),
+    ("read_size", "data", "size", "was_saved", "pending", "tokens"),
     [
         (READ_SIZE, b"x\n", 2, False, b"", 0),
-        (READ_SIZE, b"x" * PIECE_SIZE, PIECE_SIZE, False, b"", 0),
-        (READ_SIZE, b"x" * (PIECE_SIZE - 1), PIECE_SIZE - 1, False, b"", 1),
+        (READ_SIZE, b"x" * TOKEN_SIZE, TOKEN_SIZE, False, b"", 0),
+        (READ_SIZE, b"x" * (TOKEN_SIZE - 1), TOKEN_SIZE - 1, False, b"", 1),
         (READ_SIZE, b"x\n", 2, True, b"", 1),
-        (READ_SIZE, b"x\n", 2, True, b"x" * SAVED_PIECE_SIZE, 2),
-        (CAREFUL_READ_SIZE, b"x\n", PIECE_SIZE - 1, False, b"", 1),
-        (CAREFUL_READ_SIZE, b"x\n", 10 * PIECE_SIZE, False, b"", 11),
-        (CAREFUL_READ_SIZE, b"x\n", PIECE_SIZE, True, b"", 3),
+        (READ_SIZE, b"x\n", 2, True, b"x" * SAVED_TOKEN_SIZE, 2),
+        (CAREFUL_READ_SIZE, b"x\n", TOKEN_SIZE - 1, False, b"", 1),
+        (CAREFUL_READ_SIZE, b"x\n", 10 * TOKEN_SIZE, False, b"", 11),
+        (CAREFUL_READ_SIZE, b"x\n", TOKEN_SIZE, True, b"", 3),
     ],
 )
 def test_what_a_read_costs(
@@ -198,11 +201,11 @@ def test_what_a_read_costs(
     size: int,
     was_saved: bool,
     pending: bytes,
-    pieces: int,
+    tokens: int,
 ) -> None:
     line.protocol.receive(pending)
     line.protocol.read_size = read_size
     assert line.connection.charge(data, size, was_saved) == 0
-    clock[0] += pieces * PIECE_PRICE
-    assert charge_pieces(line, round(CREDIT / PIECE_PRICE)) == 0
-    assert charge_pieces(line, 1) > 0
+    clock[0] += tokens * TOKEN_INTERVAL
+    assert charge_tokens(line, round(FILL_TIME / TOKEN_INTERVAL)) == 0
+    assert charge_tokens(line, 1) > 0

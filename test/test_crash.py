@@ -7,12 +7,13 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from variant import program_with
 
 from kvmd_journal import read_journal
 from kvmd_qmp import LINE_LIMIT
-
 
 RESET = event_line("RESET")
 POWERDOWN = event_line("POWERDOWN")
@@ -100,9 +100,10 @@ SINCE_THE_RECORD_IS_WRITTEN = [
     'die("before", kvmd_connection.Connection, "take")',
     'die("after", kvmd_connection.Connection, "take")',
 ]
+AROUND_THE_RECORD = BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN
 AT_THE_END = [
-    'die("before", kvmd_monitor.Monitor, "close")',
-    'die("after", kvmd_monitor.Monitor, "close")',
+    'die("before", kvmd_systemd.DescriptorStore, "close")',
+    'die("after", kvmd_systemd.DescriptorStore, "close")',
 ]
 
 StartDeadly = Callable[[bytes, str], Service]
@@ -149,9 +150,11 @@ def start_deadly(systemd: Systemd, control_dir: Path) -> Iterator[StartDeadly]:
 def records(service: Daemon) -> dict[str, dict[str, Any]]:
     """Return what the journal has of each instance."""
     try:
-        return read_journal(str(service.state_file)).records
+        contents = read_journal(str(service.state_file))
     except FileNotFoundError:
         return {}  # the daemon has not begun it yet
+    found: dict[str, dict[str, Any]] = contents.records
+    return found
 
 
 def is_recorded(service: Daemon, instance: str) -> bool:
@@ -164,7 +167,7 @@ def negotiate(qemu: FakeQemu, service: Daemon) -> None:
     """Take the daemon through all that comes before the events."""
     qemu.listen()
     qemu.negotiate()
-    wait_until(lambda: is_recorded(service, qemu.name), "the record of a guest that runs")
+    wait_until(lambda: is_recorded(service, qemu.name), "the record of a guest")
 
 
 def crash(service: Daemon) -> None:
@@ -184,9 +187,17 @@ def wait_until_forgotten(service: Service) -> None:
 
 
 def last_verdict(service: Daemon, instance: str = INSTANCE) -> str:
-    """Return the last verdict in the journal: a crash may have cost its line in the log."""
+    """Return the last verdict in the journal: its line in the log may be lost."""
     last = records(service)[instance]["last"]
     return f"{last['verdict']} {last['cause']}"
+
+
+def known_verdicts(service: Daemon, instance: str) -> set[str]:
+    """Return the verdicts on an instance that are in the log, or else in the journal."""
+    in_log = set(verdicts(service, instance))
+    record = records(service).get(instance)
+    is_judged = record is not None and record["last"] is not None
+    return in_log or ({last_verdict(service, instance)} if is_judged else set())
 
 
 def verdicts(service: Daemon, instance: str = INSTANCE) -> list[str]:
@@ -243,7 +254,7 @@ def test_a_verdict_that_is_kept_is_not_written_again(
     assert not fake_qemu.shutdown_file.exists()
 
 
-@pytest.mark.parametrize("moment", BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN)
+@pytest.mark.parametrize("moment", AROUND_THE_RECORD)
 def test_a_crash_at_a_powerdown_leaves_it_known(
     start_deadly: StartDeadly,
     service: Service,
@@ -261,7 +272,7 @@ def test_a_crash_at_a_powerdown_leaves_it_known(
     assert verdicts(service) == [AFTER_POWERDOWN]
 
 
-@pytest.mark.parametrize("moment", BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN)
+@pytest.mark.parametrize("moment", AROUND_THE_RECORD)
 def test_a_crash_in_the_midst_of_a_line_leaves_it_whole(
     start_deadly: StartDeadly,
     service: Service,
@@ -491,8 +502,15 @@ def assert_connects_anew(service: Service, fake_qemu: FakeQemu) -> None:
             lambda lines: [*lines[:-1], lines[-1][:70] + b"[" * 100000 + b"\n"],
             "not all can be used",
         ),
+        (
+            lambda lines: [*lines[:-1], with_members(lines[-1], connection=[])],
+            "not all can be used",
+        ),
     ],
-    ids=["empty", "torn", "format", "boot", "directory", "protocol", "bad", "deep"],
+    ids=[
+        *("empty", "torn", "format", "boot", "directory", "protocol", "bad", "deep"),
+        "connection",
+    ],
 )
 def test_of_a_journal_that_is_of_no_use_the_daemon_connects_anew(
     service: Service,
@@ -619,6 +637,31 @@ def test_started_with_other_options_it_lets_the_connections_go(
     assert " taking over " not in service.log
 
 
+class Stuck(NamedTuple):
+    """A service manager that has stopped reading, and the daemon that it started."""
+
+    manager: socket.socket
+    daemon: Daemon
+
+
+def connection_name(record: dict[str, Any]) -> str:
+    """Return the name of an instance's connection in the store."""
+    return f"connection-{record['connection']}"
+
+
+def read_messages(manager: socket.socket, kind: str, count: int) -> set[str]:
+    """Read messages until so many of a kind have come; return the names in them."""
+    names: list[str] = []
+    while len(names) < count:
+        message, fds, _, _ = socket.recv_fds(manager, 4096, 1)
+        for fd in fds:
+            os.close(fd)
+        assignments = message.decode().split("\n")
+        if kind in assignments:
+            names += [line[7:] for line in assignments if line.startswith("FDNAME=")]
+    return set(names)
+
+
 def test_what_systemd_did_not_take_is_given_to_it_again(
     control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
@@ -634,6 +677,118 @@ def test_what_systemd_did_not_take_is_given_to_it_again(
         status_table(daemon)  # now there is nothing that would wake it up
         assert take_descriptors(manager, 1) == ["connection"]
         daemon.stop()
+
+
+@contextmanager
+def stuck_systemd(control_dir: Path, patch: str = "") -> Iterator[Stuck]:
+    """Give a service manager whose queue is full, and a daemon that it has started."""
+    address = control_dir.parent / "notify"
+    environment = {**os.environ, "NOTIFY_SOCKET": str(address)}
+    program = program_with(control_dir.parent, patch)
+    options: dict[str, Any] = {"environment": environment, "program": program}
+    with full_notify_socket(address) as manager, Daemon(
+        control_dir, "--rescan-interval=0", **options
+    ) as daemon:
+        yield Stuck(manager, daemon)
+
+
+def restart_in_place(daemon: Daemon) -> None:
+    daemon.send_signal(signal.SIGUSR2)
+    daemon.wait_for_log(" INFO started", 2)
+
+
+def test_what_systemd_did_not_take_before_a_restart_in_place_it_is_given_after_it(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (manager, daemon), FakeQemu(
+        control_dir, "other"
+    ) as other:
+        for qemu in (fake_qemu, other):
+            qemu.listen()
+            qemu.negotiate()
+            daemon.wait_until_connected(qemu.name)
+        names = {connection_name(record) for record in records(daemon).values()}
+        restart_in_place(daemon)
+        assert read_messages(manager, "FDSTORE=1", 2) == names
+        daemon.stop()
+
+
+def test_what_systemd_has_taken_before_a_restart_in_place_it_is_given_again(
+    service: Service, systemd: Systemd, fake_qemu: FakeQemu
+) -> None:
+    service.start()
+    negotiate(fake_qemu, service)
+    (name,) = systemd.names
+    systemd.remove(name)  # as if it had not taken it
+    restart_in_place(service)
+    assert systemd.names == [name]
+    crash(service)
+    fake_qemu.send(USER_SHUTDOWN)
+    service.wait_for_verdict(INSTANCE)
+    assert verdicts(service) == [USER]
+
+
+def test_what_systemd_was_not_told_to_discard_it_is_told_after_a_restart_in_place(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (manager, daemon):
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        name = connection_name(records(daemon)[INSTANCE])
+        fake_qemu.send(USER_SHUTDOWN)  # so that it is not connected to again
+        fake_qemu.exit()
+        wait_until(lambda: not status_table(daemon), "the instance is forgotten")
+        restart_in_place(daemon)
+        assert read_messages(manager, "FDSTOREREMOVE=1", 1) == {name}
+        daemon.stop()
+
+
+TOLD_OF_STOP = """
+def tell_and_finish(daemon, finish=kvmd_daemon.Daemon.finish):
+    open(stopping, "w").close()
+    finish(daemon)
+kvmd_daemon.Daemon.finish = tell_and_finish
+kvmd_daemon.LAST_ATTEMPTS = 20
+"""
+
+
+def test_at_its_stop_the_daemon_waits_a_moment_for_systemd(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    stopping = control_dir.parent / "stopping"
+    patch = f"stopping = {str(stopping)!r}\n{TOLD_OF_STOP}"
+    with stuck_systemd(control_dir, patch) as (manager, daemon), FakeQemu(
+        control_dir, "other"
+    ) as other:
+        for qemu in (fake_qemu, other):
+            qemu.listen()
+            qemu.negotiate()
+            daemon.wait_until_connected(qemu.name)
+        kept, discarded = (
+            connection_name(records(daemon)[qemu.name]) for qemu in (fake_qemu, other)
+        )
+        other.send(USER_SHUTDOWN)  # so that it is not connected to again
+        other.exit()
+        wait_until(lambda: len(status_table(daemon)) == 1, "one is forgotten")
+        daemon.send_signal(signal.SIGTERM)
+        wait_until(stopping.exists, "the daemon is about to end")
+        assert read_messages(manager, "FDSTOREREMOVE=1", 1) == {discarded}
+        assert read_messages(manager, "FDSTORE=1", 1) == {kept}
+        assert daemon.wait_until_gone() == 0
+
+
+def test_a_systemd_that_takes_nothing_is_not_waited_for_longer(
+    control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    with stuck_systemd(control_dir) as (_, daemon):
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        daemon.wait_until_connected(INSTANCE)
+        daemon.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert daemon.wait_until_gone() == 0
+        assert time.monotonic() - begin < 2
 
 
 class Life(NamedTuple):
@@ -682,6 +837,11 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
     systemd: Systemd, control_dir: Path, kills: int
 ) -> None:
     chance = random.Random(kills)
+    # The stand-in for systemd has threads beside it, and may take longer than systemd.
+    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
+    service = Service(
+        systemd, control_dir, program=program, interpreter=[sys.executable]
+    )
     lives: list[Life] = []
     is_over = threading.Event()
 
@@ -691,11 +851,6 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
             qemu = FakeQemu(control_dir, f"guest{len(lives)}-{number}")
             lives.append(live(qemu, service, own_chance))
 
-    # The stand-in for systemd has threads beside it, and may take longer than systemd.
-    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
-    service = Service(
-        systemd, control_dir, program=program, interpreter=[sys.executable]
-    )
     with ThreadPoolExecutor() as executor, service:
         threads = [executor.submit(live_on, number) for number in range(4)]
         try:
@@ -709,9 +864,12 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
         for thread in threads:
             thread.result()
         for life in lives:
-            service.wait_for_verdict(life.qemu.name)
+            wait_until(
+                lambda name=life.qemu.name: known_verdicts(service, name),
+                f"a verdict on {life.qemu.name}",
+            )
         service.stop()
     for qemu, way, noted in lives:
-        assert set(verdicts(service, qemu.name)) == {way.verdict}
+        assert known_verdicts(service, qemu.name) == {way.verdict}
         is_there = way.verdict.startswith("user") and not noted
         assert qemu.shutdown_file.exists() == is_there

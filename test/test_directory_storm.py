@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import INSTANCE, INTERPRETER, Daemon
+from daemon import INSTANCE, INTERPRETER, ROOT, Daemon
 from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu
 from namespace import require_namespaces
@@ -46,7 +46,7 @@ class Storm:
         self.deeds = self.connected = 0
         self.slowest = 0.0
         self.interpreter: tuple[str, ...] = INTERPRETER
-        command = [sys.executable, str(Path(__file__).with_name("storm.py"))]
+        command = [sys.executable, str(ROOT / "test/helpers/storm.py")]
         if "mounts" in further_deeds:
             require_namespaces()
             command[:0] = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -446,9 +447,6 @@ def test_after_an_unexpected_error_it_connects_anew(
         assert daemon.wait_until_gone() == 0
 
 
-# ---- What came before an error -------------------------------------------------------
-
-
 # ---- Time ----------------------------------------------------------------------------
 
 
@@ -466,6 +464,26 @@ def test_a_clock_set_back_and_forth_is_no_matter(
         connect(daemon, fake_qemu)
         assert " verdict=user " in end_by_user(daemon, fake_qemu)
         daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("age", "verdict"),
+    [
+        (3 * 86400, "user cause=guest-shutdown "),
+        (1800, "not-user cause=guest-shutdown,powerdown-requested "),
+    ],
+    ids=["days", "half an hour"],
+)
+def test_a_power_button_that_was_ignored_long_ago_speaks_against_nobody(
+    daemon: Daemon, qemu: FakeQemu, age: int, verdict: str
+) -> None:
+    now = int(time.time())
+    pressed = {"seconds": now - age, "microseconds": 0}
+    obeyed = {"seconds": now, "microseconds": 0}
+    by_user = {"guest": True, "reason": "guest-shutdown"}
+    qemu.send_message({"event": "POWERDOWN", "timestamp": pressed})
+    qemu.send_message({"event": "SHUTDOWN", "timestamp": obeyed, "data": by_user})
+    assert f" verdict={verdict}" in daemon.wait_for_verdict(INSTANCE)
 
 
 # ---- Names ---------------------------------------------------------------------------

@@ -197,6 +197,16 @@ def test_what_is_queued_is_written_at_once_in_one_go(
     ]
 
 
+def test_the_verdicts_on_all_guests_of_a_node_wait_for_the_end_of_the_turn() -> None:
+    lines: list[str] = []
+    log = log_of_lines(lines)
+    for number in range(4000):
+        log.info("verdict=user " + "x" * 150, f"web{number}.example.com")
+    assert not lines
+    log.flush()
+    assert len(lines) == 4000
+
+
 def test_no_more_is_queued_than_the_limit() -> None:
     lines: list[str] = []
     log = log_of_lines(lines)

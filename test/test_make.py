@@ -49,7 +49,8 @@ def test_help_is_what_make_does_by_itself_and_fits_a_terminal() -> None:
 
 
 def test_no_file_is_taken_for_a_target() -> None:
-    phony = set(" ".join(re.findall(r"^\.PHONY: (\w.*)", MAKEFILE, re.MULTILINE)).split())
+    lists = re.findall(r"^\.PHONY: (\w.*)", MAKEFILE, re.MULTILINE)
+    phony = set(" ".join(lists).split())
     all_targets = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
     assert phony == all_targets
 

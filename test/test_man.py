@@ -78,7 +78,8 @@ def options_and_defaults(text: str, indent: int) -> dict[str, str | None]:
     for entry in re.split(rf"^ {{{indent}}}(?=-)", text, flags=re.M)[1:]:
         names = re.split(r"  |\n", entry)[0].strip()
         default = re.search(r"default:\s+([^\s:)]+)", entry, re.IGNORECASE)
-        options[names.replace("[=", " [").replace("=", " ")] = default and default[1].rstrip(".")
+        names = names.replace("[=", " [").replace("=", " ")
+        options[names] = default and default[1].rstrip(".")
     return options
 
 
@@ -265,7 +266,8 @@ def test_every_phase_in_the_status_is_explained(page: str) -> None:
 
 
 def test_page_names_the_version_and_a_date() -> None:
-    title = rf'^\.TH GANETI\\-KVMD 8 \d{{4}}-\d\d-\d\d "kvmd {kvmd_version.VERSION}" "Ganeti"$'
+    program = f"kvmd {kvmd_version.VERSION}"
+    title = rf'^\.TH GANETI\\-KVMD 8 \d{{4}}-\d\d-\d\d "{program}" "Ganeti"$'
     assert re.search(title, PAGE.read_text(encoding="ascii"), re.M)
 
 

@@ -15,7 +15,7 @@ from daemon import INSTANCE
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 
-from kvmd_connection import CREDIT, HOSTILE_PAUSE
+from kvmd_connection import FILL_TIME, HOSTILE_PAUSE
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
@@ -61,6 +61,29 @@ def connect_to(
 # ---- Connecting ----------------------------------------------------------------------
 
 
+def test_to_wait_for_a_descriptor_costs_one_record_however_long_it_takes(
+    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(code: int) -> None:
+        def connect(_path: str) -> socket.socket:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(surroundings, "connect", connect)
+        monitor.on_timer()
+
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    refuse(errno.EMFILE)
+    size = os.path.getsize(surroundings.journal.path)
+    later = time.monotonic() + 2 * PATIENCE
+    refuse(errno.EMFILE)
+    assert monitor.phase is Phase.WAITING
+    assert os.path.getsize(surroundings.journal.path) == size
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    refuse(errno.ECONNREFUSED)
+    assert monitor.phase.value == "connecting"
+
+
 def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
     surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +126,6 @@ def test_a_monitor_that_is_closed_waits_for_nothing(
     monitor = Monitor(INSTANCE, ".kvmd", surroundings)
     monitor.connect()
     monitor.close()
-    monitor.phase = Phase.ENDED
     later = time.monotonic() + PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert not list(surroundings.overdue())
@@ -369,7 +391,7 @@ def test_a_peer_that_has_paid_is_heard_at_once(
 ) -> None:
     fake_qemu.send(event_line("RESET") * 500)
     read_all(monitor, surroundings)
-    later = time.monotonic() + 2 * CREDIT
+    later = time.monotonic() + 2 * FILL_TIME
     monkeypatch.setattr(time, "monotonic", lambda: later)
     monitor.on_timer()
     monitor.receive()
@@ -433,6 +455,18 @@ def test_a_restored_monitor_has_the_same_record(
     successor = Monitor.restore(record, connected, surroundings)
     assert json.loads(json.dumps(successor.record())) == record
     successor.close()
+
+
+def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
+    surroundings: Surroundings, monitor: Monitor
+) -> None:
+    record = {**monitor.record(), "peeked": ["?"]}
+    assert monitor.connection is not None
+    connected = monitor.connection.socket.dup()
+    monitor.close()
+    with connected, pytest.raises(ValueError):
+        Monitor.restore(record, connected, surroundings)
+    assert surroundings.loop.registered == 0
 
 
 def test_a_socket_without_a_connection_so_far_is_worth_no_record(

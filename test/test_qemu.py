@@ -58,21 +58,6 @@ def is_connected(daemon: Daemon) -> bool:
     return status_table(daemon).get(f"{INSTANCE}.kvmd", "").startswith("connected")
 
 
-def sleeps(daemon: Daemon) -> int:
-    """Count how often the daemon has had nothing to do."""
-    status = Path(f"/proc/{daemon.pid}/status").read_text()
-    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
-
-
-def wait_for_rescan(daemon: Daemon) -> None:
-    """Wait until the daemon has rescanned, for which it wakes alone when all is quiet.
-
-    A name that changes wakes it twice.
-    """
-    before = sleeps(daemon)
-    wait_until(lambda: sleeps(daemon) >= before + 5, "a rescan")
-
-
 @pytest.mark.parametrize(
     "scenario",
     [scenario for scenario in SCENARIOS if scenario.expected != RUNS_ON],
@@ -161,7 +146,7 @@ def test_a_power_button_outlives_what_is_done_to_the_socket(
         boot_and_ignore_power_button(qemu)
         daemon.wait_for_log('"event": "POWERDOWN"')
         disturb(qemu.watched_socket)
-        wait_for_rescan(daemon)
+        daemon.wait_for_rescan()
         power_off(qemu)
         verdict = daemon.wait_for_verdict(INSTANCE)
         assert "verdict=not-user cause=guest-shutdown,powerdown-requested " in verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def kept_bytes(protocol: Protocol) -> int:
     """Return how much of its input a protocol keeps."""
     assert not hasattr(protocol, "__dict__")
     kept = {**protocol.export(), "complaint": ""}
-    size = sum(len(value) for value in kept.values() if isinstance(value, str))
+    texts = [value for value in kept.values() if isinstance(value, str)]
+    size = sum(len(a2b_base64(text)) for text in texts)
     assert protocol.pending == size
     return size
 
@@ -240,6 +242,8 @@ def test_answer_to_another_question_is_not_the_status() -> None:
     [
         ('{"seconds": 1700000000, "microseconds": 1}', 1700000000.000001),
         ('{"seconds": 0, "microseconds": 0}', 0.0),
+        ('{"seconds": 1099511627775, "microseconds": 0}', 1099511627775.0),
+        ('{"seconds": 1099511627776, "microseconds": 0}', None),
         ('{"seconds": -1, "microseconds": -1}', None),
         ('{"seconds": 1e3, "microseconds": 0}', None),
         ('{"seconds": "1", "microseconds": 0}', None),
@@ -352,7 +356,8 @@ def test_unfinished_line_that_is_no_bytes_is_refused() -> None:
 
 
 def test_unfinished_line_of_a_record_is_bounded() -> None:
-    record = {"unfinished": "{" * (kvmd_qmp.LINE_LIMIT + 1)}
+    line = b"{" * (kvmd_qmp.LINE_LIMIT + 1)
+    record = {"unfinished": b2a_base64(line).decode()}
     restored = Protocol.restore(record)
     assert kept_bytes(restored) == 0
     assert restored.complaint == "a line of more than 65536 bytes"
@@ -398,6 +403,17 @@ def test_json_is_parsed_for_an_interesting_event_but_not_for_its_neighbours(
 def test_little_is_read_at_a_time_at_first(negotiated: Protocol) -> None:
     for protocol in (Protocol(), restarted(negotiated)):
         assert protocol.read_size == kvmd_qmp.CAREFUL_READ_SIZE
+
+
+def test_much_is_read_of_a_line_that_goes_on_once_the_status_is_known(
+    negotiated: Protocol,
+) -> None:
+    for protocol, size in [
+        (Protocol(), kvmd_qmp.CAREFUL_READ_SIZE),
+        (negotiated, kvmd_qmp.READ_SIZE),
+    ]:
+        receive(protocol, [b"{"])
+        assert protocol.read_size == size
 
 
 def test_more_is_read_at_a_time_while_there_is_nothing_to_parse(
@@ -461,6 +477,12 @@ def test_longer_line_is_skipped_to_its_end(
     assert receive(negotiated, pieces) == [POWEROFF_EVENT]
     assert negotiated.complaint is not None
     assert negotiated.complaint.startswith("a line of more than 65536 bytes")
+
+
+def test_nothing_is_kept_of_a_longer_line(negotiated: Protocol) -> None:
+    for piece in (b"x" * kvmd_qmp.LINE_LIMIT, b"x", b"x"):
+        receive(negotiated, [piece])
+    assert kept_bytes(negotiated) == 0
 
 
 def test_end_of_a_longer_line_is_no_event_of_its_own(negotiated: Protocol) -> None:

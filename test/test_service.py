@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -195,6 +196,40 @@ def test_what_was_said_of_a_guest_that_is_down_stands_after_a_restart(
     wait_until(lambda: not status_table(daemon), "the instance is gone")
     assert fake_qemu.shutdown_file.exists() == present
     assert ": verdict=" not in daemon.log
+
+
+def rename_away_and_back(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+    path.with_suffix(".away").rename(path)
+
+
+@pytest.mark.parametrize("disturb", [os.utime, rename_away_and_back])
+@pytest.mark.parametrize("runs", [True, False], ids=["running", "stopped"])
+def test_a_powerdown_outlives_a_restart_and_what_is_done_to_the_socket(
+    control_dir: Path,
+    fake_qemu: FakeQemu,
+    disturb: Callable[[Path], None],
+    runs: bool,
+) -> None:
+    with Daemon(control_dir, "--rescan-interval=0.05") as daemon:
+        fake_qemu.listen()
+        fake_qemu.negotiate()
+        fake_qemu.event("POWERDOWN")
+        fake_qemu.wait_until_read()
+        daemon.stop()
+        fake_qemu.disconnect()
+        if not runs:
+            disturb(fake_qemu.path)
+        daemon.start()
+        fake_qemu.negotiate()
+        daemon.wait_until_connected(INSTANCE, times=2)
+        if runs:
+            disturb(fake_qemu.path)
+            daemon.wait_for_rescan()
+        fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        verdict = daemon.wait_for_verdict(INSTANCE)
+        assert " cause=guest-shutdown,powerdown-requested " in verdict
+        daemon.stop()
 
 
 # ---- The service manager -------------------------------------------------------------

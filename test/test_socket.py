@@ -43,6 +43,12 @@ def fail(monkeypatch: pytest.MonkeyPatch, *calls: str) -> None:
         monkeypatch.setattr(kvmd_socket.LIBC, call, lambda *_: -1)
 
 
+def rename_link_over(path: Path) -> None:
+    os.link(path, path.with_name("link"))
+    path.unlink()
+    path.with_name("link").rename(path)
+
+
 def move_and_back(path: Path) -> None:
     """Rename a file, then rename it back."""
     away = path.with_name("away")
@@ -68,11 +74,7 @@ UNCHANGING: dict[str, Callable[[Path], object]] = {
     "link": lambda path: os.link(path, path.with_name("link")),
     "renamed away and back": move_and_back,
     "renamed over itself": lambda path: path.rename(path),
-    "its link renamed over it": lambda path: (
-        os.link(path, path.with_name("link")),
-        path.unlink(),
-        path.with_name("link").rename(path),
-    ),
+    "its link renamed over it": rename_link_over,
     "the directory renamed away and back": lambda path: move_and_back(path.parent),
 }
 

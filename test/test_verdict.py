@@ -359,11 +359,7 @@ def test_what_is_known_of_the_guest_outlives_the_connection() -> None:
 
 
 def test_connection_that_brings_nothing_gives_no_verdict() -> None:
-    guest = Guest()
-    assert guest.on_end() is None
-    guest.on_status("running")
-    guest.on_connect()
-    assert guest.on_end() is None
+    assert Guest().on_end() is None
 
 
 def test_end_of_a_connection_gives_one_verdict() -> None:
@@ -468,6 +464,13 @@ def test_missing_member_of_a_record_is_that_of_a_new_guest() -> None:
         record = known_guest().export()
         del record[name]
         assert Guest.restore(record).export() == {**record, name: value}
+
+
+def test_time_of_a_powerdown_without_its_request_means_nothing() -> None:
+    guest = Guest.restore({"powerdown_time": NOON})
+    assert words(guest.on_event(*POWEROFF, NOON + 2 * HOUR)) == "user guest-shutdown"
+    guest = Guest.restore({"powerdown_time": NOON})
+    assert words(guest.on_event(*POWEROFF, NOON)) == "user guest-shutdown"
 
 
 def test_unknown_member_of_a_record_is_passed_over() -> None:
@@ -666,7 +669,6 @@ def step(state: State, letter: str) -> tuple[str | None, State]:
     guest = Guest.restore(json.loads(state))
     if letter == END:
         ruling = guest.on_end()
-        guest.on_connect()
     elif letter in STATUS_LETTERS:
         ruling = guest.on_status(STATUS_LETTERS[letter])
     else:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the daemon beside Ganeti's own and beside the least a program has to do.
+"""Measure the daemon beside Ganeti's own, its version 1.0.0, and a floor in C.
 
 All in one run, in alternating order, several times: what counts are the ratios, for
 the figures themselves depend on the machine and on what else it does.
@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from late import LATE_MEASURES
 from measures import MEASURES, ONCE, Load
 from subjects import (
     HERE,
@@ -32,17 +32,46 @@ from subjects import (
     enter_node,
 )
 
+ALL_MEASURES = {**MEASURES, **LATE_MEASURES}
+
 #: Figure name -> value, of one subject: the medians.
 Medians = dict[str, Optional[float]]
 #: Subject -> figure name -> a value for each repetition.
 Results = dict[str, dict[str, list[Optional[float]]]]
 
+MISSED = "MISSED"
+
 
 class Target(NamedTuple):
-    """What this daemon's figure is held to, given the floor's in the same run."""
+    """What this daemon's figure is held to: a number, or another figure of the run."""
 
-    text: str
-    is_met: Callable[[float, float], bool]
+    factor: float
+    #: Whose figure it is to be so many times; the number itself, if nobody's.
+    subject: str | None = None
+    #: Which figure; the row's own, if none is named.
+    figure: str | None = None
+    #: Added to that.
+    slack: float = 0
+    #: It is to be that much at the least.
+    is_least: bool = False
+
+    def __str__(self) -> str:
+        """Return it as the table has it."""
+        sign = ">=" if self.is_least else "<="
+        of = {None: "", "kvmd": f" {self.figure}"}.get(self.subject, f" {self.subject}")
+        slack = f" + {self.slack:g}" if self.slack else ""
+        return f"{sign} {self.factor:g}{of}{slack}"
+
+    def bound(self, row: str, medians: dict[str, Medians]) -> float | None:
+        """Return the bound of a row's figure, None if it could not be measured."""
+        if self.subject is None:
+            return self.factor
+        base = medians.get(self.subject, {}).get(self.figure or row)
+        return None if base is None else self.factor * base + self.slack
+
+    def is_met(self, value: float, bound: float) -> bool:
+        """Tell whether a figure keeps the bound."""
+        return value >= bound if self.is_least else value <= bound
 
 
 class Row(NamedTuple):
@@ -51,58 +80,130 @@ class Row(NamedTuple):
     figure: str
     title: str
     format: str
-    target: Target | None = None
+    targets: tuple[Target, ...] = ()
 
 
-def at_most(bound: float, unit: str = "") -> Target:
-    """Return the target of a figure that is not to exceed a bound."""
-    return Target(f"<= {bound:g}{unit}", lambda value, _floor: value <= bound)
-
-
-def below(bound: float, unit: str = "") -> Target:
-    """Return the target of a figure that is to stay below a bound."""
-    return Target(f"< {bound:g}{unit}", lambda value, _floor: value < bound)
-
-
-def times_floor(factor: float, otherwise: float = 0) -> Target:
-    """Return the target of a figure held to the floor's, or to a bound."""
-    text = f"<= {factor:g} x floor" + (f" or {otherwise:g}" if otherwise else "")
-    return Target(
-        text, lambda value, floor: value <= max(factor * floor, otherwise)
-    )
-
+#: No more than a tenth worse than version 1.0.0.
+NO_WORSE = Target(1.1, "1.0.0")
+NEVER = (Target(0),)
+EACH = (Target(4000, is_least=True),)
+VERDICT = (Target(0.3, "haskell"), Target(4, "floor"), NO_WORSE)
+SYSTEMD_LIFE, SYSTEMD_VERDICT = "systemd-life-250", "systemd-verdict-250"
+#: Milliseconds by which an event may be late that something else holds up.
+QUIET = (Target(1, "kvmd", "late-quiet", slack=5), NO_WORSE)
+QUIET_SYSTEMD = (Target(1, "kvmd", "late-quiet-systemd", slack=5), NO_WORSE)
 
 ROWS = [
-    Row("missed", "instances missed, of 300 discoveries", "{:.0f}", at_most(0)),
-    Row("discovery-0", "discovery, alone (ms)", "{:.2f}", times_floor(2, 1)),
-    Row("discovery-100", "  beside 100 others", "{:.2f}", times_floor(2, 1)),
-    Row("discovery-1000", "  beside 1000 others", "{:.2f}", times_floor(2, 1)),
-    Row("verdict-0", "verdict, alone (ms)", "{:.3f}", times_floor(1.5)),
-    Row("verdict-900", "  beside 900 others", "{:.3f}", times_floor(1.5)),
+    Row("missed", "instances missed, of 300 discoveries", "{:.0f}", NEVER),
+    Row("discovery-0", "discovery, alone (ms)", "{:.2f}", (NO_WORSE,)),
+    Row("discovery-100", "  beside 100 others", "{:.2f}", (NO_WORSE,)),
+    Row("discovery-1000", "  beside 1000 others", "{:.2f}", (NO_WORSE,)),
+    Row("verdict-0", "verdict, alone (ms)", "{:.3f}", VERDICT),
+    Row(
+        "verdict-900",
+        "  beside 900 others",
+        "{:.3f}",
+        (*VERDICT, Target(1.3, "kvmd", "verdict-0")),
+    ),
     Row("late-0", "  later than 1 ms, alone (%)", "{:.1f}"),
     Row("late-900", "  later than 1 ms, beside 900 (%)", "{:.1f}"),
-    Row("flooded-verdict", "verdict during a flood, p99 (ms)", "{:.1f}", below(20)),
-    Row("events", "events of no interest (CPU s/million)", "{:.3f}", at_most(0.35)),
-    Row("flood", "flood from one instance (MB/s)", "{:.0f}", Target(
-        ">= 500", lambda value, _floor: value >= 500)),
-    Row("kept", "memory kept after 200,000 events (KiB)", "{:.0f}", below(256)),
-    Row("rss-0", "RSS with no connection (MiB)", "{:.2f}", at_most(11.8)),
-    Row("rss-100", "  with 100", "{:.2f}", at_most(11.9)),
-    Row("rss-1000", "  with 1000", "{:.2f}", at_most(12.5)),
-    Row("per-connection", "bytes per connection, at 4000", "{:.0f}", at_most(700)),
-    Row("created", "4000 created at once: connected", "{:.0f}", Target(
-        "4000", lambda value, _floor: value == 4000)),
-    Row("create", "  time (s)", "{:.2f}", times_floor(2)),
-    Row("filed", "4000 shut down at once: files", "{:.0f}", Target(
-        "4000", lambda value, _floor: value == 4000)),
-    Row("shutdown", "  time (s)", "{:.2f}", times_floor(2)),
-    Row("start-1000", "exec to 1000 instances connected (s)", "{:.3f}", at_most(0.1)),
-    Row("start", "exec to first instance connected (ms)", "{:.1f}", at_most(28)),
-    Row("idle", "wake-ups in 10 s beside 1000 instances", "{:.0f}", at_most(0)),
-    Row("rescan", "  CPU of a rescan (ms)", "{:.2f}", below(5)),
+    Row(
+        "one-cpu",
+        "verdict, load and daemon on one CPU (ms)",
+        "{:.3f}",
+        (Target(1, "haskell"), NO_WORSE),
+    ),
+    Row("one-cpu-p99", "  p99", "{:.3f}", (Target(1, "haskell"),)),
+    Row("life", "CPU of a life beside 1000 (ms)", "{:.2f}"),
+    Row("systemd-life-250", "  under systemd, beside 250", "{:.2f}", (NO_WORSE,)),
+    Row(
+        "systemd-life-1000",
+        "  beside 1000",
+        "{:.2f}",
+        (Target(1.3, "kvmd", SYSTEMD_LIFE), NO_WORSE),
+    ),
+    Row(
+        "systemd-life-4000",
+        "  beside 4000",
+        "{:.2f}",
+        (Target(1.3, "kvmd", SYSTEMD_LIFE), NO_WORSE),
+    ),
+    Row(
+        "systemd-verdict-250",
+        "verdict under systemd, beside 250 (ms)",
+        "{:.3f}",
+        (NO_WORSE,),
+    ),
+    Row(
+        "systemd-verdict-1000",
+        "  beside 1000",
+        "{:.3f}",
+        (Target(1.3, "kvmd", SYSTEMD_VERDICT), NO_WORSE),
+    ),
+    Row(
+        "systemd-verdict-4000",
+        "  beside 4000",
+        "{:.3f}",
+        (Target(1.3, "kvmd", SYSTEMD_VERDICT), NO_WORSE),
+    ),
+    Row("flooded-verdict", "verdict during a flood, p99 (ms)", "{:.1f}", QUIET[:1]),
+    Row(
+        "events",
+        "events of no interest (CPU s/million)",
+        "{:.3f}",
+        (Target(6, "floor"), NO_WORSE),
+    ),
+    Row(
+        "flood",
+        "flood from one instance (MB/s)",
+        "{:.0f}",
+        (
+            Target(1 / 6, "floor", is_least=True),
+            Target(0.9, "1.0.0", is_least=True),
+        ),
+    ),
+    Row("kept", "memory kept after 200,000 events (KiB)", "{:.0f}", (Target(256),)),
+    Row("rss-0", "RSS with no connection (MiB)", "{:.2f}", (Target(12.5), NO_WORSE)),
+    Row("rss-100", "  with 100", "{:.2f}", (NO_WORSE,)),
+    Row("rss-1000", "  with 1000", "{:.2f}", (NO_WORSE,)),
+    Row(
+        "per-connection",
+        "bytes per connection, at 4000",
+        "{:.0f}",
+        (Target(1100), NO_WORSE),
+    ),
+    Row("created", "4000 created at once: connected", "{:.0f}", EACH),
+    Row("create", "  time (s)", "{:.2f}", (Target(4, "floor"), NO_WORSE)),
+    Row("filed", "4000 shut down at once: files", "{:.0f}", EACH),
+    Row("shutdown", "  time (s)", "{:.2f}", (Target(4, "floor"), NO_WORSE)),
+    Row("start-1000", "exec to 1000 instances connected (s)", "{:.3f}", (NO_WORSE,)),
+    Row("bare-start", "the bare interpreter, to its end (ms)", "{:.1f}"),
+    Row(
+        "start",
+        "exec to first instance connected (ms)",
+        "{:.1f}",
+        (Target(4, "kvmd", "bare-start"), NO_WORSE),
+    ),
+    Row("idle", "wake-ups in 10 s beside 1000 instances", "{:.0f}", NEVER),
+    Row("listing", "  CPU of listdir, and lstat of each (ms)", "{:.2f}"),
+    Row(
+        "rescan",
+        "  CPU of a rescan (ms)",
+        "{:.2f}",
+        (Target(3, "kvmd", "listing"), NO_WORSE),
+    ),
     Row("lives", "instance lives", "{:.0f}"),
-    Row("lives-descriptors", "  descriptors left", "{:+.0f}", at_most(0)),
-    Row("lives-rss", "  RSS growth (KiB)", "{:+.0f}", below(512)),
+    Row("lives-descriptors", "  descriptors left", "{:+.0f}", NEVER),
+    Row("lives-rss", "  RSS growth (KiB)", "{:+.0f}", (Target(512),)),
+    Row("late-quiet", "verdict, p99 (ms): quiet", "{:.1f}"),
+    Row("late-quiet-systemd", "  quiet, under systemd", "{:.1f}"),
+    Row("late-frozen", "  the log has just been frozen", "{:.1f}", QUIET),
+    Row("late-frozen-next", "  the next, thawed 100 ms later", "{:.1f}"),
+    Row("late-status", "  a status of 4000 is logged", "{:.1f}", QUIET),
+    Row("late-trickle", "  1000 trickle bytes", "{:.1f}", QUIET),
+    Row("late-trickle-systemd", "  the same, under systemd", "{:.1f}", QUIET_SYSTEMD),
+    Row("late-restart", "  a restart in place, beside 1000", "{:.1f}", (NO_WORSE,)),
+    Row("late-busy", "  four processes take all CPU", "{:.1f}", (NO_WORSE,)),
 ]
 
 
@@ -112,7 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         action="append",
-        choices=list(MEASURES),
+        choices=list(ALL_MEASURES),
         help="measure this alone (may be given several times)",
     )
     parser.add_argument(
@@ -141,6 +242,7 @@ def parse_arguments() -> argparse.Namespace:
 def prepare(names: list[str], directory: Path) -> list[Subject]:
     """Build, fetch or install the subjects."""
     Load.program = compile_program(HERE / "load.c", directory)
+    Load.store = compile_program(HERE / "store.c", directory)
     subjects = []
     for name in names:
         own = directory / name
@@ -168,12 +270,12 @@ def measure_all(
     results: Results = defaultdict(lambda: defaultdict(list))
     for repetition in range(repetitions):
         for name in measures:
-            if name in ONCE and repetition > 0:
+            if name in {*ONCE, *LATE_MEASURES} and repetition > 0:
                 continue
             for subject in subjects:
                 show_progress(f"{repetition + 1}/{repetitions} {name} {subject.name}")
                 try:
-                    figures = MEASURES[name](subject)
+                    figures = ALL_MEASURES[name](subject)
                 except DaemonDiedError:
                     figures = {}
                 for figure, value in figures.items():
@@ -221,29 +323,21 @@ def describe_machine() -> dict[str, object]:
 
 def print_table(medians: dict[str, Medians]) -> int:
     """Print the medians beside each other; return how many targets are missed."""
-    print(
-        f"{'':40}{'haskell':>9}{'floor':>9}{'kvmd':>9}"
-        f"{'/haskell':>10}{'/floor':>8}  target"
-    )
+    names = list(PREPARATIONS)
+    bases = names[:-1]
+    heads = [f"{name:>9}" for name in names] + [f"{'/' + name:>9}" for name in bases]
+    print(f"{'':42}{''.join(heads)}  targets")
     missed = 0
     for row in ROWS:
-        values = {
-            name: medians.get(name, {}).get(row.figure) for name in PREPARATIONS
-        }
+        values = {name: medians.get(name, {}).get(row.figure) for name in names}
         if all(value is None for value in values.values()):
             continue
-        cells = [
-            "-" if value is None else row.format.format(value)
-            for value in values.values()
-        ]
-        kvmd, floor, haskell = values["kvmd"], values["floor"], values["haskell"]
-        verdict = judge(row.target, kvmd, floor)
-        missed += verdict == "MISSED"
-        print(
-            f"{row.title:40}{cells[0]:>9}{cells[1]:>9}{cells[2]:>9}"
-            f"{ratio(kvmd, haskell):>10}{ratio(kvmd, floor):>8}"
-            f"  {row.target.text if row.target else '':20}{verdict}".rstrip()
-        )
+        cells = ["-" if v is None else row.format.format(v) for v in values.values()]
+        cells += [ratio(values["kvmd"], values[name]) for name in bases]
+        verdicts = [judge(row, target, medians) for target in row.targets]
+        missed += sum(verdict.endswith(MISSED) for verdict in verdicts)
+        line = "".join(f"{cell:>9}" for cell in cells)
+        print(f"{row.title:42}{line}  {', '.join(filter(None, verdicts))}".rstrip())
     return missed
 
 
@@ -254,13 +348,13 @@ def ratio(value: float | None, base: float | None) -> str:
     return f"{value / base:.2g}" if value < 100 * base else f"{value / base:.0f}"
 
 
-def judge(target: Target | None, kvmd: float | None, floor: float | None) -> str:
-    """Tell whether a target is met; nothing where it can't be told."""
-    if target is None or kvmd is None:
+def judge(row: Row, target: Target, medians: dict[str, Medians]) -> str:
+    """Return a target and whether it is met; nothing where it can't be told."""
+    value = medians.get("kvmd", {}).get(row.figure)
+    bound = target.bound(row.figure, medians)
+    if value is None or bound is None:
         return ""
-    if floor is None and "floor" in target.text:
-        return ""
-    return "met" if target.is_met(kvmd, floor or 0) else "MISSED"
+    return f"{target} {'met' if target.is_met(value, bound) else MISSED}"
 
 
 def main() -> int:
@@ -278,7 +372,7 @@ def main() -> int:
         if options.separate_cpus:
             separate_cpus()
         results = measure_all(
-            subjects, options.only or list(MEASURES), options.repetitions
+            subjects, options.only or list(ALL_MEASURES), options.repetitions
         )
         medians = medians_of(results)
         report = {"machine": machine, "medians": medians, "values": results}

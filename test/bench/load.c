@@ -21,8 +21,9 @@
  *                                    until they are taken          -> time
  *   flood NUMBER                     send such events on one, without end -> 0
  *   flooded                          -> bytes taken by the kernel so far, time
- *   calm                             end the flood                 -> 0
- *   lives COUNT PARALLEL             from listen to end, some in parallel -> lives,
+ *   calm                             end the flood, or the trickle -> 0
+ *   trickle FIRST COUNT INTERVAL_MS  send a space on each, again and again -> 0
+ *   lives FIRST COUNT PARALLEL       from listen to end, some in parallel -> lives,
  *                                    those never discovered
  */
 #define _GNU_SOURCE
@@ -544,6 +545,23 @@ static void command_flood(int number)
     answer(0);
 }
 
+/* A space may stand before a message, so that it is the start of a line. */
+static void command_trickle(int first, int count, int interval_ms)
+{
+    flooder = fork();
+    if (flooder == -1)
+        err(1, "fork");
+    if (flooder == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;) {
+            for (int number = first; number < first + count; number++)
+                send(instances[number].connection, " ", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+            usleep(interval_ms * 1000);
+        }
+    }
+    answer(0);
+}
+
 static void command_flooded(void)
 {
     answer(flood->bytes);
@@ -558,22 +576,23 @@ static void command_calm(void)
 }
 
 /* Lets instances live in waves; one that is not discovered does not count as a life. */
-static void command_lives(int count, int parallel)
+static void command_lives(int first, int count, int parallel)
 {
+    int end_of_wave = first + parallel;
     int lived = 0, missed = 0;
 
     while (lived < count && missed < count) {
-        listen_all(0, parallel);
-        missed += parallel - await_all(negotiation_of, 0, parallel,
+        listen_all(first, parallel);
+        missed += parallel - await_all(negotiation_of, first, parallel,
                                        monotonic_ns() + WAVE_PATIENCE);
-        for (int number = 0; number < parallel; number++)
+        for (int number = first; number < end_of_wave; number++)
             if (instances[number].connection != -1)
                 send_shutdown(number);
         serve_for(END_OF_CONNECTION);
-        for (int number = 0; number < parallel; number++)
+        for (int number = first; number < end_of_wave; number++)
             end(number);
-        lived += await_all(file_of, 0, parallel, monotonic_ns() + WAVE_PATIENCE);
-        for (int number = 0; number < parallel; number++)
+        lived += await_all(file_of, first, parallel, monotonic_ns() + WAVE_PATIENCE);
+        for (int number = first; number < end_of_wave; number++)
             remove_shutdown_file(number);
     }
     answer(lived);
@@ -602,12 +621,14 @@ static void obey(const char *line)
         command_events(a, b, c);
     else if (strcmp(command, "flood") == 0)
         command_flood(a);
+    else if (strcmp(command, "trickle") == 0)
+        command_trickle(a, b, c);
     else if (strcmp(command, "flooded") == 0)
         command_flooded();
     else if (strcmp(command, "calm") == 0)
         command_calm();
     else if (strcmp(command, "lives") == 0)
-        command_lives(a, b);
+        command_lives(a, b, c);
     else
         errx(2, "unknown command: %s", line);
     printf("\n");

@@ -7,14 +7,18 @@ namespace of this process's own: nothing of it is seen outside, or left behind.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,7 @@ ROOT = HERE.parent.parent
 CONTROL_DIR = Path("/var/run/ganeti/kvm-hypervisor/ctrl")
 PID_FILE = Path("/var/run/ganeti/ganeti-kvmd.pid")
 STATE_FILE = Path("/var/run/ganeti/ganeti-kvmd.state")
+NOTIFY_SOCKET = Path("/run/kvmd-bench-notify")
 LOG_DIR = Path("/var/log/ganeti")
 SSCONF_DIR = Path("/var/lib/ganeti")
 
@@ -40,6 +45,10 @@ GANETI_NAMES = ["admin", "confd", "daemons", "luxid", "masterd", "metad", "rapi"
 PYTHON = "/usr/bin/python3"
 
 CLONE_NEWNS = 0x00020000
+#: ioctl_fifreeze(2)
+FIFREEZE = 0xC0045877
+FITHAW = 0xC0045878
+LOG_FILE_SYSTEM_SIZE = 16 << 20
 LONG_ENOUGH = 20.0
 
 
@@ -256,3 +265,76 @@ def clear_node() -> None:
     STATE_FILE.unlink(missing_ok=True)
     for path in LOG_DIR.iterdir():
         path.unlink()
+
+
+@contextmanager
+def descriptor_store(program: str) -> Iterator[dict[str, str]]:
+    """Stand in for systemd (store.c); give what it adds to a service's environment."""
+    NOTIFY_SOCKET.unlink(missing_ok=True)
+    with subprocess.Popen(
+        [program, NOTIFY_SOCKET], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        try:
+            yield {"NOTIFY_SOCKET": str(NOTIFY_SOCKET)}
+        finally:
+            process.kill()
+
+
+@contextmanager
+def on_one_cpu() -> Iterator[None]:
+    """Have all that is started meanwhile, and this process, share one CPU."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
+@contextmanager
+def log_file_system() -> Iterator[int]:
+    """Give the logs a file system of their own; yield a descriptor of it."""
+    with tempfile.TemporaryDirectory(prefix="kvmd-bench-") as directory:
+        image = Path(directory, "image")
+        image.touch()
+        os.truncate(image, LOG_FILE_SYSTEM_SIZE)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        mount("-o", "loop", str(image), str(LOG_DIR))
+        try:
+            Path(LOG_DIR, "lost+found").rmdir()
+            fd = os.open(LOG_DIR, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+        finally:
+            subprocess.run(["umount", "--lazy", str(LOG_DIR)], check=True)
+
+
+@contextmanager
+def frozen(file_system: int, seconds: float) -> Iterator[None]:
+    """Have a file system take no write for a while; return when it does again."""
+    thaw = threading.Timer(seconds, fcntl.ioctl, [file_system, FITHAW, 0])
+    fcntl.ioctl(file_system, FIFREEZE, 0)
+    thaw.start()
+    try:
+        yield
+    finally:
+        thaw.join()
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Have so many processes take all CPU they get, each in a session of its own."""
+    processes = [
+        subprocess.Popen([PYTHON, "-c", "while True: pass"], start_new_session=True)
+        for _ in range(count)
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

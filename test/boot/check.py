@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-HELPERS = ("test", "test/ganeti", "test/package")
+HELPERS = ("test/helpers", "test/ganeti", "test/package")
 sys.path[1:1] = [str(CHECKOUT / helpers) for helpers in HELPERS]
 
 from actions import (  # noqa: E402

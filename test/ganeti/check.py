@@ -18,6 +18,7 @@ from signal import SIGKILL, SIGTERM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "package"))
 
+import faults
 from cluster import (
     CONTROL_DIR,
     LOG_FILE,
@@ -29,6 +30,8 @@ from cluster import (
     daemon_pid,
     daemon_util,
     expect,
+    expect_down_by_ganeti,
+    expect_down_by_user,
     kill_daemon,
     run,
     run_watcher,
@@ -239,18 +242,6 @@ def install(package: Path) -> None:
 # ---- What the scenarios share --------------------------------------------------------
 
 
-def expect_down_by_user(instance: Instance) -> None:
-    """Fail unless Ganeti knows of the user's shutdown."""
-    expect("state", instance.state, "USER_down up")
-    expect("shutdown file", instance.shutdown_file.exists(), True)
-
-
-def expect_down_by_ganeti(instance: Instance) -> None:
-    """Fail unless Ganeti takes the shutdown for its own."""
-    expect("shutdown file", instance.shutdown_file.exists(), False)
-    expect("state", instance.state, "ADMIN_down down")
-
-
 def expect_restarted_by_watcher(instance: Instance) -> None:
     """Fail unless Ganeti takes it for a crash, and its watcher starts it again."""
     expect("shutdown file", instance.shutdown_file.exists(), False)
@@ -288,6 +279,7 @@ SCENARIOS = [
     node_setting_stops_and_starts_it,
     init_script_starts_stops_restarts_and_tells,
     log_is_rotated,
+    *faults.SCENARIOS,
     upgrading_loses_no_shutdown,
     removing_brings_ganetis_daemon_back,
 ]

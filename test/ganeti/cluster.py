@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(CHECKOUT / "test"))
+sys.path.insert(0, str(CHECKOUT / "test/helpers"))
 
 import guest  # noqa: E402
 
@@ -264,6 +264,18 @@ def waiting_for_end(pid: int) -> Iterator[None]:
             raise AssertionError(f"process {pid} has not ended within {PATIENCE} s")
     finally:
         os.close(process)
+
+
+def expect_down_by_user(instance: Instance) -> None:
+    """Fail unless Ganeti knows of the user's shutdown."""
+    expect("state", instance.state, "USER_down up")
+    expect("shutdown file", instance.shutdown_file.exists(), True)
+
+
+def expect_down_by_ganeti(instance: Instance) -> None:
+    """Fail unless Ganeti takes the shutdown for its own."""
+    expect("shutdown file", instance.shutdown_file.exists(), False)
+    expect("state", instance.state, "ADMIN_down down")
 
 
 # ---- The daemon ----------------------------------------------------------------------

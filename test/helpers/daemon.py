@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from deadline import SECONDS, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # The instance that most tests are about.
 INSTANCE = "web1.example.com"
@@ -59,6 +59,8 @@ def read_log(path: Path) -> str:
     except FileNotFoundError:
         return ""
     return text[: text.rfind("\n") + 1]
+
+Self = TypeVar("Self", bound="Daemon")
 
 
 class Daemon:
@@ -152,6 +154,19 @@ class Daemon:
         pattern = f"(?<= INFO) {re.escape(instance)}: verdict=.*"
         return self.wait_for_log(pattern, times)[0]
 
+    def wait_for_rescan(self) -> None:
+        """Wait until it has rescanned, for which it wakes alone when all is quiet.
+
+        A name that changes wakes it twice.
+        """
+        before = self._sleeps()
+        wait_until(lambda: self._sleeps() >= before + 5, "a rescan")
+
+    def _sleeps(self) -> int:
+        """Count how often it has had nothing to do."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
     def send_signal(self, number: int) -> None:
         """Send a signal to the process."""
         assert self._process
@@ -183,7 +198,7 @@ class Daemon:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self: Self) -> Self:
         self.start()
         return self
 

@@ -125,6 +125,24 @@ class FakeQemu:
 
         wait_until(is_read, "the client has read all")
 
+    def deliver(self, data: bytes) -> bool:
+        """Send bytes; tell whether the client has read them, even if it left then."""
+        try:
+            self.send(data)
+            self.wait_until_read()
+            if self.client_has_left():
+                assert self._client
+                while self._client.recv(65536):
+                    pass
+        except ConnectionError:  # it has left something unread
+            return False
+        return True
+
+    @property
+    def has_client(self) -> bool:
+        """Whether a client has been accepted that has not left since."""
+        return self._client is not None and not self.client_has_left()
+
     def client_has_left(self) -> bool:
         """Tell whether the client has closed its end."""
         assert self._client

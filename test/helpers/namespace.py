@@ -57,7 +57,7 @@ def call_in_process(function: Callable[[], None]) -> None:
         try:
             function()
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it was, the parent tells
             os.write(writer, traceback.format_exc().encode())
         finally:
             os._exit(status)
