@@ -25,7 +25,8 @@ def installed(control_dir: Path) -> Path:
     directory = control_dir.parent / "installed"
     directory.mkdir()
     for module in ROOT.glob("kvmd*.py"):
-        shutil.copy(module, directory)
+        # Of its own age: by time and size Python tells that its bytecode is outdated.
+        shutil.copy2(module, directory)
     return directory / "kvmd.py"
 
 
