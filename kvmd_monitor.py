@@ -26,6 +26,7 @@ A record in the journal has the members
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import errno
 import os
@@ -36,7 +37,7 @@ from kvmd_connection import HOSTILE_PAUSE, Connection
 from kvmd_loop import NEVER
 from kvmd_qmp import Greeting, Protocol, Status
 from kvmd_shutdown_file import ShutdownFile, export_judgement, restore_judgement
-from kvmd_socket import socket_identity, socket_status
+from kvmd_socket import listening_names, socket_identity, socket_status
 from kvmd_verdict import Guest, Ruling, Verdict
 
 TYPE_CHECKING = False
@@ -113,6 +114,9 @@ class Surroundings:
         #: Monitors whose connection is left alone for a while.
         self.paused: set[Monitor] = set()
         self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
+        #: The names that were listened on, until they are to be read again.
+        self._listening: set[str] = set()
+        self._end_of_listening = 0.0
         #: Monitors that await a greeting, in the order in which they connected: a timer
         #: for each would take more room than the rest of the monitor.
         self._ungreeted: collections.deque[Monitor] = collections.deque()
@@ -132,6 +136,18 @@ class Surroundings:
             connected.close()
             raise
         return connected
+
+    def is_listened_on(self, name: str) -> bool:
+        """Tell whether somebody listens on a name in the directory, there or not.
+
+        All such names are read at once, and not again for a second: that takes long.
+        """
+        now = time.monotonic()
+        if now >= self._end_of_listening:
+            self._end_of_listening = now + LONGEST_DELAY
+            with contextlib.suppress(OSError):
+                self._listening = listening_names(self.control_dir)
+        return name in self._listening
 
     def expect_greeting(self, monitor: Monitor) -> None:
         """Have the monitor returned by `overdue` if it is not greeted in time."""
@@ -236,7 +252,9 @@ class Monitor:
             self._wait(error)
             self._save()
         else:
-            self._adopt(connected, Protocol())
+            store = self._surroundings.store
+            self._adopt(Connection(connected, Protocol(), store.is_enabled))
+            store.store(connected)
             self._negotiate()
 
     def _begin_anew(self, identity: int) -> None:
@@ -248,17 +266,9 @@ class Monitor:
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
-    def _adopt(
-        self,
-        connected: socket.socket,
-        protocol: Protocol,
-        peeked: list[int] | None = None,
-    ) -> None:
-        store = self._surroundings.store
-        self.connection = Connection(connected, protocol, store.is_enabled)
-        self.connection.take_peeked(peeked)
-        store.store(connected)
-        self._surroundings.loop.register(self.connection, self)
+    def _adopt(self, connection: Connection) -> None:
+        self.connection = connection
+        self._surroundings.loop.register(connection, self)
 
     def _negotiate(self) -> None:
         """Negotiate on a connection that was not greeted yet.
@@ -295,13 +305,14 @@ class Monitor:
                 self.on_overdue()
         elif self.phase is not Phase.DEAD:
             self._enter(Phase.DEAD)
-            log = self._surroundings.log
-            tell = log.debug if error.errno == errno.ECONNREFUSED else log.warning
-            tell(
+            text = (
                 f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
-                " each rescan",
-                self.instance,
+                " each rescan"
             )
+            if error.errno == errno.ECONNREFUSED:
+                self._surroundings.log.debug(text, self.instance)
+            else:
+                self._surroundings.log.warning(text, self.instance)
 
     def _try_again(self) -> None:
         """Set the timer for the next attempt to connect, twice as long each time."""
@@ -472,6 +483,9 @@ class Monitor:
         """
         if self.connection is not None or self.guest.on_end() is None:
             return
+        name = self.instance + self.suffix
+        if socket_status(self.path) is None and self._surroundings.is_listened_on(name):
+            return  # it goes on: somebody has removed the name
         verdict = Verdict.NOT_USER
         text = "nobody can know whose doing it was, so it counts as a crash"
         if os.path.exists(self.file.path) and not self.file.is_pending:
@@ -539,7 +553,10 @@ class Monitor:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
-            monitor._adopt(connected, protocol, record["peeked"])
+            connection = Connection(connected, protocol, surroundings.store.is_enabled)
+            connection.take_peeked(record["peeked"])
+            surroundings.store.store(connected)
+            monitor._adopt(connection)
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
         elif phase is Phase.ENDED:

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 #: Sent in one write on connecting: events before the negotiation are lost.
 COMMANDS = (
-    b'{"execute": "qmp_capabilities"}\r\n'
+    b'{"execute": "qmp_capabilities", "id": "kvmd-negotiation"}\r\n'
     b'{"execute": "query-status", "id": "kvmd-status"}\r\n'
 )
 STATUS_ID = "kvmd-status"
+#: QEMU refuses to negotiate again, as a daemon does that was started in between.
+NEGOTIATION_ID = "kvmd-negotiation"
 #: What may be a status (RunState in QEMU's qapi/run-state.json): it goes into the log.
 STATUS = re.compile(r"[a-z0-9-]{1,32}")
 
@@ -87,9 +89,9 @@ def parse_message(line: bytes) -> Greeting | Status | Event | None:
         return Event(message["event"], message.get("data"), time)
     if "QMP" in message:
         return Greeting(qemu_version(message["QMP"]))
-    if "error" in message:
+    if "error" in message and message.get("id") != NEGOTIATION_ID:
         raise ValueError("a command was refused")
-    if "return" not in message:
+    if not {"return", "error"} & message.keys():
         raise ValueError("neither greeting, answer nor event")
     if message.get("id") != STATUS_ID:
         return None

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NEVER = float("inf")
 #: Seconds between attempts to send what systemd did not take.
 RETRY_INTERVAL = 1.0
+#: Names that are kept for a systemd that takes no messages. One that starts the daemon
+#: again gives back what was forgotten, which is discarded then.
+MOST_DISCARDED = 1000
 #: What the name of a kept connection begins with.
 PREFIX = "connection-"
 
@@ -154,6 +157,7 @@ class DescriptorStore:
         """Have a descriptor kept no longer."""
         self._unstored.pop(name, None)
         self.discarded.append(name)
+        del self.discarded[:-MOST_DISCARDED]
         self.catch_up()
 
     def catch_up(self) -> bool:

@@ -206,9 +206,17 @@ def test_client_negotiates_and_asks_for_the_status() -> None:
     lines = kvmd_qmp.COMMANDS.split(b"\r\n")
     assert lines.pop() == b""
     assert [json.loads(line) for line in lines] == [
-        {"execute": "qmp_capabilities"},
+        {"execute": "qmp_capabilities", "id": "kvmd-negotiation"},
         {"execute": "query-status", "id": "kvmd-status"},
     ]
+
+
+def test_negotiation_that_was_there_before_is_refused_without_a_complaint(
+    negotiated: Protocol,
+) -> None:
+    refusal = b'{"id": "kvmd-negotiation", "error": {"class": "CommandNotFound"}}\r\n'
+    assert receive(negotiated, [refusal, STOP]) != []
+    assert negotiated.complaint is None
 
 
 @pytest.mark.parametrize("name", sorted(INTERESTING))
@@ -604,6 +612,7 @@ def test_first_bad_line_is_complained_of(negotiated: Protocol) -> None:
     ("line", "complaint"),
     [
         (b'{"error": {"class": "CommandNotFound"}}', "a command was refused: "),
+        (b'{"error": {}, "id": "kvmd-status"}', "a command was refused: "),
         (b"{}", "neither greeting, answer nor event: b'{}'"),
         (b"[]", "neither greeting, answer nor event: b'[]'"),
         (b'{"return": 1, "id": "kvmd-status"}', "no status in the answer to query-"),

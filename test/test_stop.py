@@ -257,5 +257,20 @@ def test_a_file_of_a_guest_that_is_back_goes(
     daemon.stop()
     fake_qemu.exit()
     negotiate_with_next(fake_qemu, daemon)
-    wait_until(lambda: not fake_qemu.shutdown_file.exists(), "no file")
+    daemon.wait_for_verdict(INSTANCE, 2)
     assert verdicts(daemon) == [USER, RUNNING]
+    assert not fake_qemu.shutdown_file.exists()
+
+
+def test_of_a_guest_whose_kvmd_was_removed_nothing_is_said_while_it_goes_on(
+    start: Start, control_dir: Path, fake_qemu: FakeQemu
+) -> None:
+    daemon = start()
+    negotiate(fake_qemu, daemon)
+    daemon.stop()
+    fake_qemu.path.unlink()
+    with FakeQemu(control_dir, INSTANCE, ".qmp") as qmp:
+        qmp.listen()
+        daemon = start()
+        daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: left to Ganeti")
+        assert verdicts(daemon) == []

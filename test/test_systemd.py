@@ -15,7 +15,13 @@ import pytest
 from deadline import SECONDS
 from systemd import full_notify_socket
 
-from kvmd_systemd import NEVER, RETRY_INTERVAL, DescriptorStore, Notifier
+from kvmd_systemd import (
+    MOST_DISCARDED,
+    NEVER,
+    RETRY_INTERVAL,
+    DescriptorStore,
+    Notifier,
+)
 
 
 class Manager(NamedTuple):
@@ -182,3 +188,13 @@ def test_what_was_not_stored_is_stored_later_unless_it_is_closed_by_then(
     assert store.catch_up()
     messages = [message.split("\n")[0] for message in stuck.messages()]
     assert messages == ["FDSTOREREMOVE=1", "FDSTORE=1"]
+
+
+def test_of_what_is_not_discarded_for_ever_the_latest_names_are_kept(
+    stuck: Manager,
+) -> None:
+    store = DescriptorStore(stuck.notifier)
+    names = [f"connection-{number}" for number in range(MOST_DISCARDED + 5)]
+    for name in names:
+        store.discard(name)
+    assert store.discarded == names[5:]
