@@ -257,5 +257,6 @@ def test_a_file_of_a_guest_that_is_back_goes(
     daemon.stop()
     fake_qemu.exit()
     negotiate_with_next(fake_qemu, daemon)
-    wait_until(lambda: not fake_qemu.shutdown_file.exists(), "no file")
-    assert verdicts(daemon) == [USER, RUNNING]
+    # The line in the log comes after what it is about.
+    wait_until(lambda: verdicts(daemon) == [USER, RUNNING], "both verdicts")
+    assert not fake_qemu.shutdown_file.exists()
