@@ -14,6 +14,7 @@ import gc
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 from kvmd_check import check
 from kvmd_daemon import Daemon
@@ -41,10 +42,6 @@ from kvmd_socket import open_sockets
 from kvmd_status import status
 from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def is_wanted(options: Options, log: Log) -> bool:

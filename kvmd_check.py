@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 from kvmd_inotify import DirectoryWatch
 from kvmd_instances import SUFFIXES
 from kvmd_log import printable, write_to_stdout
+from kvmd_options import Options
 from kvmd_process import lock_holder
 from kvmd_settings import (
     Finding,
@@ -24,12 +26,6 @@ from kvmd_socket import (
     read_peers,
     socket_identity,
 )
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kvmd_options import Options
 
 UNKNOWN_CLIENT = "unknown process"
 

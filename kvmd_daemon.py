@@ -15,21 +15,15 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 
-from kvmd_journal import Journal
+from kvmd_instances import Instances
+from kvmd_journal import Contents, Journal
 from kvmd_loop import NEVER, Signals, limited_stalls
 from kvmd_monitor import Monitor, Surroundings, describe
-from kvmd_systemd import RETRY_INTERVAL
+from kvmd_restart import Restart
+from kvmd_systemd import RETRY_INTERVAL, Notifier
 from kvmd_version import VERSION
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvmd_instances import Instances
-    from kvmd_journal import Contents
-    from kvmd_restart import Restart
-    from kvmd_systemd import Notifier
 
 #: Timers that are served in one turn, so that those who were left alone for a while do
 #: not all come back at once, and lines of the status that one turn logs.

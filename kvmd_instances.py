@@ -8,21 +8,19 @@ sockets is used. Knows nothing of events, verdicts and the process.
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Callable, Iterable
 
 from kvmd_inotify import DirectoryWatch, Fact
 from kvmd_loop import NEVER
-from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor, Phase
+from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor, Phase, Surroundings
 from kvmd_shutdown_file import restore_judgement
 from kvmd_socket import LONGEST_SOCKET_PATH, listening_names, socket_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable
     from typing import Any
-
-    from kvmd_monitor import Surroundings
 
 #: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
 SUFFIXES = {

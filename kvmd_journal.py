@@ -31,16 +31,15 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 
 from kvmd_file import open_regular_file
+from kvmd_log import Log
 from kvmd_version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from typing import Any
-
-    from kvmd_log import Log
 
 FORMAT = 1
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"

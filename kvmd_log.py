@@ -13,15 +13,12 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 from kvmd_file import open_regular_file
 from kvmd_version import DAEMON_NAME
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    Sink = Callable[[str, str], None]
+Sink = Callable[[str, str], None]
 
 SYSLOG_SOCKET = "/dev/log"
 #: Level -> priority, of the facility LOG_DAEMON (syslog(3)).

@@ -32,24 +32,21 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Iterator
 
 from kvmd_connection import HOSTILE_PAUSE, Connection
-from kvmd_loop import NEVER
-from kvmd_qmp import Greeting, Protocol, Status
+from kvmd_journal import Journal
+from kvmd_log import Log
+from kvmd_loop import NEVER, Loop
+from kvmd_qmp import Event, Greeting, Protocol, Status
 from kvmd_shutdown_file import ShutdownFile, export_judgement, restore_judgement
 from kvmd_socket import listening_names, socket_identity, socket_status
+from kvmd_systemd import DescriptorStore
 from kvmd_verdict import Guest, Ruling, Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
-
-    from kvmd_journal import Journal
-    from kvmd_log import Log
-    from kvmd_loop import Loop
-    from kvmd_qmp import Event
-    from kvmd_systemd import DescriptorStore
 
 #: Seconds until the second attempt to connect: QEMU listens some ten microseconds after
 #: it has bound its socket. Then, between attempts, at first and at most.

@@ -8,14 +8,11 @@ import os
 import resource
 import signal
 import struct
+from collections.abc import Callable
 
 from kvmd_file import open_regular_file
 from kvmd_log import write_to_stderr
 from kvmd_version import DAEMON_NAME
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 #: Niceness of the daemon: on a busy node its file has to be there before QEMU is gone.

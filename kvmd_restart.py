@@ -10,14 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 
+from kvmd_log import Log
 from kvmd_version import VERSION
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from kvmd_log import Log
 
 
 class Restart:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import collections
 import enum
 import os
+from collections.abc import Callable, Iterator
 
 from kvmd_file import open_regular_file
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 #: Bytes that a setting may have: some thousand nodes.
 LONGEST_SETTING = 1 << 20

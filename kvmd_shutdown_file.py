@@ -13,12 +13,8 @@ import os
 import stat
 import time
 
-from kvmd_verdict import Verdict
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from kvmd_log import Log
-    from kvmd_verdict import Ruling
+from kvmd_log import Log
+from kvmd_verdict import Ruling, Verdict
 
 #: Seconds: what is said to have taken longer, or less than none, a clock has done.
 LONGEST_DELAY = 86400.0

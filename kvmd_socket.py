@@ -16,10 +16,7 @@ import stat
 import struct
 import sys
 import time
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Iterator
 
 #: Bytes of sun_path but for its NUL, unix(7).
 LONGEST_SOCKET_PATH = 107

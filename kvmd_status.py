@@ -41,13 +41,12 @@ import time
 
 from kvmd_journal import read_journal
 from kvmd_log import printable, write_to_stdout
+from kvmd_options import Options
 from kvmd_process import lock_holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-    from kvmd_options import Options
 
 SCHEMA = 1
 #: Phase of a monitor -> state of an instance of which no more is to be heard.

@@ -12,10 +12,7 @@ import os
 import socket
 import struct
 import time
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 NEVER = float("inf")
 #: Seconds between attempts to send what systemd did not take.

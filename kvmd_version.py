@@ -2,4 +2,3 @@
 
 VERSION = "1.1.0"
 DAEMON_NAME = "ganeti-kvmd"
-
