@@ -6,6 +6,8 @@ the user (`poweroff` in the guest), an empty file `<instance>.shutdown` is creat
 beside the socket, at the moment the SHUTDOWN event is read: Ganeti then reports
 USER_down and leaves the instance alone. After anything else (an administrator, a
 signal, a crash, a migration) there is no file, and Ganeti's watcher may start it again.
+
+README.md, "How the code is laid out", has a map of the modules.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import sys
 from collections.abc import Callable
 
 from kvmd_check import check
+from kvmd_context import MonitorContext
 from kvmd_daemon import Daemon
 from kvmd_instances import SUFFIXES, Instances
 from kvmd_journal import Contents, read_journal
 from kvmd_log import Log, printable, stderr_sink, syslog_sink, write_to_stderr
 from kvmd_loop import Loop
-from kvmd_monitor import Surroundings
 from kvmd_options import Options, parse_arguments
 from kvmd_process import (
     PidFile,
@@ -112,11 +114,11 @@ def make_daemon(
     notifier = Notifier(os.environ)
     store = DescriptorStore(notifier, earlier.header.get("discarded", []))
     limit = raise_descriptor_limit()
-    surroundings = Surroundings(options.control_dir, log, Loop(), store, limit)
+    context = MonitorContext(options.control_dir, log, Loop(), store, limit)
     suffixes = SUFFIXES[options.socket_suffix]
-    instances = Instances(surroundings, suffixes, options.rescan_interval)
+    instances = Instances(context, suffixes, options.rescan_interval)
     restart = Restart(command, log)
-    return Daemon(surroundings, notifier, options.state_file, instances, restart)
+    return Daemon(context, notifier, options.state_file, instances, restart)
 
 
 def serve(

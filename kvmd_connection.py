@@ -3,7 +3,10 @@
 Owns the socket and the protocol's state. Where systemd keeps connections, what is read
 is only looked at (MSG_PEEK) until `take` is called: a daemon that is killed before
 leaves it in the socket. The peer is a QEMU that its guest may have taken over: what it
-makes the daemon do is limited, and beyond that it is to be left alone for a while.
+makes the daemon do is limited, and beyond that it is not read for a while. Other limits
+on a hostile guest are in `kvmd_qmp` (a line's length), `kvmd_daemon` (work per turn),
+`kvmd_loop.limited_stalls` and `kvmd_log` (lines per instance).
+
 Knows nothing of instances and verdicts.
 """
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 #: A token bucket limits what a peer may cost. It holds 128 tokens, and gets one back
 #: each TOKEN_INTERVAL seconds. A read that has to be parsed takes one, and one more for
 #: each TOKEN_SIZE bytes; so does a short part of a line, and a record that has to be
-#: written, with one more for each SAVED_TOKEN_SIZE bytes. QEMU says less in its life.
+#: written, with one more for each SAVED_TOKEN_SIZE bytes. An honest QEMU says less.
 TOKEN_INTERVAL = 0.25
 #: Seconds in which an empty bucket fills up.
 FILL_TIME = 128 * TOKEN_INTERVAL
@@ -154,5 +157,5 @@ class Connection:
         return max(missing, SHORTEST_PAUSE) if missing > 0 else 0.0
 
     def export_kept(self) -> dict[str, Any] | None:
-        """Return what of it has to be known before `take`; None if nothing has to."""
+        """Return what the journal must have before `take`; None if nothing is peeked at."""
         return self.protocol.export() if self._flags else None

@@ -3,8 +3,8 @@
 Brings together the instances, the journal, systemd and the restart in place, and says
 in which order their work is done: in each turn first what was read on connections, so
 that all shutdown files come before anything else, then the directory and the signals,
-then the timers, and the log at last. Knows nothing of the command line and of Ganeti's
-settings.
+then the timers, then the log, and systemd last. Knows nothing of the command line and
+of Ganeti's settings.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import socket
 import time
 from collections.abc import Callable
 
+from kvmd_context import MonitorContext, Phase
 from kvmd_instances import Instances
 from kvmd_journal import Contents, Journal
 from kvmd_loop import NEVER, Signals, limited_stalls
-from kvmd_monitor import Monitor, Surroundings, describe
+from kvmd_monitor import Monitor, describe
 from kvmd_restart import Restart
 from kvmd_systemd import RETRY_INTERVAL, Notifier
 from kvmd_version import VERSION
@@ -41,24 +42,24 @@ class Daemon:
 
     def __init__(
         self,
-        surroundings: Surroundings,
+        context: MonitorContext,
         notifier: Notifier,
         state_file: str,
         instances: Instances,
         restart: Restart,
     ) -> None:
-        self._surroundings = surroundings
-        self._loop = surroundings.loop
-        self._log = surroundings.log
+        self._context = context
+        self._loop = context.loop
+        self._log = context.log
         self._notifier = notifier
         self._instances = instances
         self.restart = restart
-        self._journal = surroundings.journal = Journal(
+        self._journal = context.journal = Journal(
             state_file,
-            surroundings.control_dir,
-            surroundings.log,
+            context.control_dir,
+            context.log,
             instances.records,
-            lambda: surroundings.store.discarded,
+            lambda: context.store.discarded,
         )
         self.is_stopping = False
         #: Instances that are missing in the status that is being logged.
@@ -85,16 +86,16 @@ class Daemon:
         self._loop.register(self._signals, self)
         with limited_stalls():
             self._take_over(earlier, sockets)
-            if earlier.header.get("pid") == os.getpid():
+            if earlier.header.get("pid") == os.getpid():  # restarted in place
                 self._journal.started = earlier.header["started"]
             for connected in sockets.values():
                 # What nobody knows of would keep QEMU from another connection.
-                self._surroundings.store.close(connected)
+                self._context.store.close(connected)
             self._journal.begin()
             self._instances.rescan()
         if self._instances.is_waiting_for_directory:
             self._log.info(
-                f"waiting for {self._surroundings.control_dir}: no such directory yet"
+                f"waiting for {self._context.control_dir}: no such directory yet"
             )
         self._log.flush()
 
@@ -104,7 +105,7 @@ class Daemon:
             connected = sockets.pop(record.get("connection"), None)
             try:
                 last = record["last"]
-                if record["phase"] == "gone" and last["file"] is not None:
+                if record["phase"] == Phase.GONE.value and last["file"] is not None:
                     self._journal.gone[instance] = record
                 elif not self._instances.restore(record, connected):
                     continue
@@ -113,7 +114,7 @@ class Daemon:
                 problem = f"{error!r}: the record of {instance}"
             finally:
                 if connected is not None:
-                    self._surroundings.store.close(connected)
+                    self._context.store.close(connected)
         if problem is not None:
             self._log.warning(
                 f"{self._journal.path}: not all can be used ({problem}); connecting"
@@ -138,7 +139,7 @@ class Daemon:
             if monitor.file.is_pending:
                 self._instances.perform(monitor, Monitor.on_timer)
         deadline = time.monotonic() + LAST_ATTEMPTS
-        while not self._surroundings.store.catch_up() and time.monotonic() < deadline:
+        while not self._context.store.catch_up() and time.monotonic() < deadline:
             time.sleep(RETRY_INTERVAL / 100)
         self._notifier.send("STOPPING=1")
 
@@ -198,10 +199,10 @@ class Daemon:
         now = time.monotonic()
         return min(
             self._loop.next_timer(),
-            self._surroundings.next_overdue(),
+            self._context.next_overdue(),
             self._instances.next_rescan,
             self._notifier.next_message(),
-            NEVER if self._surroundings.store.is_idle else now + RETRY_INTERVAL,
+            NEVER if self._context.store.is_idle else now + RETRY_INTERVAL,
             now if self._unreported else NEVER,
         )
 
@@ -211,7 +212,7 @@ class Daemon:
                 self._instances.perform(owner, Monitor.on_timer)
             else:
                 owner.on_timer()
-        for monitor in self._surroundings.overdue():
+        for monitor in self._context.overdue():
             self._instances.perform(monitor, Monitor.on_overdue)
         if time.monotonic() >= self._instances.next_rescan:
             self._instances.rescan()
@@ -219,7 +220,7 @@ class Daemon:
             self._log.retry()
 
     def _tell_systemd(self) -> None:
-        self._surroundings.store.catch_up()
+        self._context.store.catch_up()
         count = len(self._instances.monitors)
         self._notifier.send_status(f"instances watched: {count}")
         self._notifier.send_ping()
@@ -236,7 +237,7 @@ class Daemon:
 
     def _begin_status(self) -> None:
         """Log the daemon's status; the instances follow, some in each turn."""
-        control_dir = self._surroundings.control_dir
+        control_dir = self._context.control_dir
         self._unreported = collections.deque(sorted(self._instances.monitors))
         up = time.monotonic() - self._journal.started
         self._log.info(

@@ -2,7 +2,8 @@
 
 Owns the set of monitors and the watch on the control directory; keeps both in line with
 what the directory's path means and what is in it. Decides which of an instance's two
-sockets is used. Knows nothing of events, verdicts and the process.
+sockets is used. When the directory vanishes, open connections go on; what has none is
+gone. Hands the last verdict on an instance to its next monitor; knows no events.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 
+from kvmd_context import MonitorContext, Phase
 from kvmd_inotify import DirectoryWatch, Fact
 from kvmd_loop import NEVER
-from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor, Phase, Surroundings
+from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor
 from kvmd_shutdown_file import restore_judgement
 from kvmd_socket import LONGEST_SOCKET_PATH, listening_names, socket_status
 
@@ -48,16 +50,16 @@ class Instances:
 
     def __init__(
         self,
-        surroundings: Surroundings,
+        context: MonitorContext,
         suffixes: tuple[str, ...],
         rescan_interval: float,
     ) -> None:
         """Begin with none; rescan_interval is in seconds, 0 for never."""
         self.monitors: dict[str, Monitor] = {}
         self.next_rescan = NEVER
-        self._surroundings = surroundings
-        self._directory = surroundings.control_dir
-        self._log = surroundings.log
+        self._context = context
+        self._directory = context.control_dir
+        self._log = context.log
         self._suffixes = suffixes
         self._rescan_interval = rescan_interval or NEVER
         self._watch: DirectoryWatch | None = None
@@ -65,7 +67,7 @@ class Instances:
         self._lone: dict[str, float] = {}
         #: When the first of them will be looked at (time.monotonic()).
         self.due: float | None = None
-        #: What a warning has told of a path, for what it is or lacks.
+        #: Warnings about paths that were logged already: each is logged once.
         self._told: set[str] = set()
 
     @property
@@ -78,10 +80,10 @@ class Instances:
         return (monitor.record() for monitor in self.monitors.values())
 
     def perform(self, monitor: Monitor, step: Callable[[Monitor], object]) -> None:
-        """Have a monitor do one thing; what goes wrong costs its connection alone."""
+        """Run one step of a monitor; an exception costs its connection alone."""
         try:
             step(monitor)
-        except Exception as error:  # noqa: BLE001 - the edge where all ends
+        except Exception as error:  # noqa: BLE001 - it must not stop the others
             self._log.exception(
                 "unexpected error; connecting anew", error, monitor.instance
             )
@@ -98,13 +100,13 @@ class Instances:
         """
         if record["suffix"] not in self._suffixes:
             return False  # started with other options: it is to be let go
-        monitor = Monitor.restore(record, connected, self._surroundings)
+        monitor = Monitor.restore(record, connected, self._context)
         self.monitors[monitor.instance] = monitor
         return True
 
     def _start(self, instance: str, suffix: str) -> None:
         """Monitor a socket that was not there before."""
-        monitor = Monitor(instance, suffix, self._surroundings)
+        monitor = Monitor(instance, suffix, self._context)
         old = self.monitors.pop(instance, None)
         if old is not None:
             self.perform(old, self._finish)
@@ -112,7 +114,7 @@ class Instances:
             old.due = None
             monitor.file.judgement = old.file.judgement
             monitor.file.give_up()
-        gone = self._surroundings.journal.gone.pop(instance, None)
+        gone = self._context.journal.gone.pop(instance, None)
         if old is None and gone is not None:
             monitor.file.judgement = restore_judgement(gone["last"])
         self.monitors[instance] = monitor
@@ -121,7 +123,7 @@ class Instances:
     def _finish(self, monitor: Monitor) -> None:
         """Read what is left on a connection before another takes its place."""
         for _ in range(LAST_READS):
-            if not monitor.receive() or monitor in self._surroundings.paused:
+            if not monitor.receive() or monitor in self._context.paused:
                 break
         monitor.on_removed()
 
@@ -147,7 +149,7 @@ class Instances:
         elif (monitor is None or monitor.is_idle()) and instance not in self._lone:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
             if self.due is None:
-                self._surroundings.loop.set_timer(self, SETTLING_TIME)
+                self._context.loop.set_timer(self, SETTLING_TIME)
 
     def _best_suffix(self, instance: str) -> str | None:
         for suffix in self._suffixes:
@@ -173,7 +175,7 @@ class Instances:
             listening = listening_names(self._directory)
         except OSError as error:
             self._log.begin_trouble(UNLISTED, f"{error.filename}: {error.strerror}")
-            self._surroundings.loop.set_timer(self, SETTLING_TIME)
+            self._context.loop.set_timer(self, SETTLING_TIME)
             return
         self._log.end_trouble(UNLISTED)
         for instance in [name for name, due in self._lone.items() if due <= now]:
@@ -181,7 +183,7 @@ class Instances:
             self._use_lone_socket(instance, listening)
         if self._lone:
             delay = min(self._lone.values()) - now
-            self._surroundings.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
+            self._context.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
 
     def _use_lone_socket(self, instance: str, listening: set[str]) -> None:
         """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
@@ -227,7 +229,7 @@ class Instances:
         try:
             if self._watch is None:
                 self._watch = DirectoryWatch(self._directory)
-                self._surroundings.loop.register(self._watch, self)
+                self._context.loop.register(self._watch, self)
             facts = self._watch.follow()
         except OSError as error:
             self._lose_watch(error)
@@ -256,7 +258,7 @@ class Instances:
     def _lose_watch(self, error: OSError) -> None:
         """Go on without inotify until it works again."""
         if self._watch is not None:
-            self._surroundings.loop.unregister(self._watch)
+            self._context.loop.unregister(self._watch)
             self._watch.close()
             self._watch = None
         self.next_rescan = time.monotonic() + POLL_INTERVAL

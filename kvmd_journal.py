@@ -1,4 +1,7 @@
-"""The journal: what outlives the process.
+"""The journal: what a new daemon has to know after a stop, a crash or a restart.
+
+The connections themselves stay open in systemd's descriptor store (`kvmd_systemd`), or
+across execve(2) (`kvmd_restart`). The rest outlives the process here.
 
 A text file, mode 0600, by default /var/run/ganeti/ganeti-kvmd.state. Its first line is
 a header, a JSON object with the members
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
-#: Bytes that may be out of date beside as many as are not.
+#: The file is compacted when it exceeds twice its size after the last compaction plus
+#: this many bytes.
 SLACK = 65536
 #: Bytes of the file that are in memory at once.
 BUFFER_SIZE = 65536
@@ -104,6 +108,7 @@ class Journal:
         if record["last"] is None:
             self._append(encode_removal(record["instance"]))
             return
+        self.gone.pop(record["instance"], None)
         self.gone[record["instance"]] = record
         lines = encode(record)
         if len(self.gone) > LONGEST_MEMORY:
@@ -132,10 +137,13 @@ class Journal:
             return
         self._size += len(lines)
         if self._size > self._limit:
-            self._compact()
+            try:
+                self._compact()
+            except OSError as error:
+                self._give_up(error)
 
     def _compact(self) -> None:
-        """Write the file anew with the last record of each instance."""
+        """Write the file anew with the last record of each instance. Raises OSError."""
         assert self._fd is not None
         # Line by line: the allocator would not give back the room for all of them.
         with open(self._fd, "rb", BUFFER_SIZE, closefd=False) as file:
@@ -196,7 +204,7 @@ class Journal:
         )
 
     def _give_up(self, error: OSError) -> None:
-        """Go on without it. What is there must not be taken for how things stand."""
+        """Go on without a journal; remove it, so that nobody reads what is outdated."""
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         self.close()
@@ -226,7 +234,7 @@ def encode_removal(instance: str) -> bytes:
 def instance_part(line: bytes) -> bytes:
     """Return a record's first member, as it is encoded, without parsing the rest.
 
-    In a JSON string no quote stands for itself, so what ends it can't be part of it.
+    Quotes in a JSON string are escaped, so the separator can't occur in the name.
     """
     return line.partition(b', "')[0]
 

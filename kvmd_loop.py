@@ -58,7 +58,7 @@ class Loop:
         self._selector.register(file, selectors.EVENT_READ, handler)
 
     def unregister(self, file: Readable) -> None:
-        """Wait for a file no more; epoll(7) may have had no room for it."""
+        """Stop waiting for a file; it is not registered if epoll_ctl(2) had no room."""
         if file in self._selector.get_map():
             self._selector.unregister(file)
 
@@ -122,11 +122,11 @@ class Signals:
 
 @contextlib.contextmanager
 def limited_stalls() -> Iterator[None]:
-    """Have SIGALRM end each wait in the kernel that takes longer than STALL_LIMIT.
+    """Have SIGALRM interrupt a wait in the kernel that takes longer than STALL_LIMIT.
 
-    A peer can have it wait: it sends a descriptor, which is closed as it is read, of a
-    TCP connection whose close waits for as long as the peer likes (SO_LINGER of
-    socket(7)).
+    A hostile peer can cause one: it sends the descriptor of a TCP socket with SO_LINGER
+    (socket(7)). The kernel closes it during our read, and that blocks for as long as
+    the peer likes.
     """
     signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, STALL_LIMIT)
     try:

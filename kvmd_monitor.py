@@ -1,17 +1,18 @@
 """The monitor of one instance: connect, listen, judge, write the shutdown file.
 
-Owns the instance's connection, its phase and retries, what is known of its guest, and
-its shutdown file. Whatever changes is in the journal before it is taken out of the
-socket, and the shutdown file is made before that: a daemon that is killed leaves either
-the event in the socket or its effect in the journal. Knows nothing of other instances
-and of the directory.
+Owns the instance's connection, its phase and retries, and what is known of its guest;
+has `kvmd_shutdown_file` make and remove the shutdown file. Whatever changes is in the
+journal before it is taken out of the socket, and the shutdown file is made before that:
+a daemon that is killed leaves either the event in the socket or its effect in the
+journal. Knows nothing of other instances; what all share is in `kvmd_context`.
 
 A record in the journal has the members
 
     instance, suffix   the name of the monitor socket
-    socket             its identity (`kvmd_socket`)
+    socket             a hash of its identity (`kvmd_socket`)
     phase              a value of `Phase`
-    since              when the phase began (CLOCK_MONOTONIC, seconds)
+    since              when the phase began, or for `not greeted` the wait for the
+                       greeting (CLOCK_MONOTONIC, seconds)
     connection         the inode number of the daemon's end, null if there is none
     qemu, pid          QEMU's version and process, null if not known
     guest              the guest's state (`kvmd_verdict.Guest`)
@@ -25,23 +26,16 @@ A record in the journal has the members
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import enum
 import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
 
 from kvmd_connection import HOSTILE_PAUSE, Connection
-from kvmd_journal import Journal
-from kvmd_log import Log
-from kvmd_loop import NEVER, Loop
+from kvmd_context import PATIENCE, MonitorContext, Phase
 from kvmd_qmp import Event, Greeting, Protocol, Status
 from kvmd_shutdown_file import ShutdownFile, export_judgement, restore_judgement
-from kvmd_socket import listening_names, socket_identity, socket_status
-from kvmd_systemd import DescriptorStore
+from kvmd_socket import socket_identity, socket_status
 from kvmd_verdict import Guest, Ruling, Verdict
 
 TYPE_CHECKING = False
@@ -53,14 +47,9 @@ if TYPE_CHECKING:
 LISTEN_DELAY = 0.0001
 FIRST_DELAY = 0.001
 LONGEST_DELAY = 1.0
-#: Seconds after which a socket on which nobody listens is dead, and after which a peer
-#: that has not greeted is worth a warning.
-PATIENCE = 10.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
-#: File descriptors that no connection may take: the daemon's own files, with some room.
-RESERVED_DESCRIPTORS = 12
-#: A trouble, and what follows from it.
+#: A degraded state and its consequence (`Log.begin_trouble`).
 OUT_OF_DESCRIPTORS = (
     "out of file descriptors",
     "the next instances wait until one comes free (raise the daemon's limit, ulimit"
@@ -68,101 +57,8 @@ OUT_OF_DESCRIPTORS = (
 )
 
 
-class Phase(enum.Enum):
-    """Where a monitor stands."""
-
-    #: Trying to connect, again and again.
-    CONNECTING = "connecting"
-    #: As many connections as descriptors: tried again when one may have come free.
-    WAITING = "waiting for a file descriptor"
-    #: Connected, and not greeted yet: QEMU is starting, or has another client.
-    AWAITING_GREETING = "awaiting greeting"
-    #: Not greeted for so long that a warning was due; still connected or trying to.
-    SILENT = "not greeted"
-    CONNECTED = "connected"
-    #: Nobody listens; only the rescan tries again.
-    DEAD = "dead"
-    #: The verdict was given, the connection has ended: this QEMU says no more.
-    ENDED = "ended"
-    #: There is no socket of this name.
-    GONE = "gone"
-
-
 #: The phases in which a monitor without a connection tries to get one.
 ATTEMPTING = {Phase.CONNECTING, Phase.WAITING, Phase.SILENT}
-
-
-class Surroundings:
-    """What all monitors share."""
-
-    def __init__(
-        self,
-        control_dir: str,
-        log: Log,
-        loop: Loop,
-        store: DescriptorStore,
-        descriptor_limit: int,
-    ) -> None:
-        self.control_dir = control_dir
-        self.log = log
-        self.loop = loop
-        self.store = store
-        self.journal: Journal
-        #: Monitors whose connection is left alone for a while.
-        self.paused: set[Monitor] = set()
-        self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
-        #: The names that were listened on, until they are to be read again.
-        self._listening: set[str] = set()
-        self._end_of_listening = 0.0
-        #: Monitors that await a greeting, in the order in which they connected: a timer
-        #: for each would take more room than the rest of the monitor.
-        self._ungreeted: collections.deque[Monitor] = collections.deque()
-
-    def connect(self, path: str) -> socket.socket:
-        """Connect to a monitor socket, if a descriptor is left for that.
-
-        Raises OSError: EMFILE if none is; else see unix(7).
-        """
-        if self.loop.registered + len(self.paused) >= self._connection_limit:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-        connected = socket.socket(socket.AF_UNIX, kind)
-        try:
-            connected.connect(path)
-        except OSError:
-            connected.close()
-            raise
-        return connected
-
-    def is_listened_on(self, name: str) -> bool:
-        """Tell whether somebody listens on a name in the directory, there or not.
-
-        All such names are read at once, and not again for a second: that takes long.
-        """
-        now = time.monotonic()
-        if now >= self._end_of_listening:
-            self._end_of_listening = now + LONGEST_DELAY
-            with contextlib.suppress(OSError):
-                self._listening = listening_names(self.control_dir)
-        return name in self._listening
-
-    def expect_greeting(self, monitor: Monitor) -> None:
-        """Have the monitor returned by `overdue` if it is not greeted in time."""
-        self._ungreeted.append(monitor)
-
-    def next_overdue(self) -> float:
-        """Return when the next peer has been silent for too long."""
-        while self._ungreeted:
-            monitor = self._ungreeted[0]
-            if monitor.connection and monitor.phase is Phase.AWAITING_GREETING:
-                return monitor.since + PATIENCE
-            self._ungreeted.popleft()
-        return NEVER
-
-    def overdue(self) -> Iterator[Monitor]:
-        """Take out the monitors whose peers have been silent for too long."""
-        while self.next_overdue() <= time.monotonic():
-            yield self._ungreeted.popleft()
 
 
 class Monitor:
@@ -173,10 +69,10 @@ class Monitor:
     """
 
     __slots__ = (
+        "_context",
         "_delay",
         "_is_saved",
         "_status",
-        "_surroundings",
         "_version",
         "connection",
         "due",
@@ -189,7 +85,7 @@ class Monitor:
         "suffix",
     )
 
-    def __init__(self, instance: str, suffix: str, surroundings: Surroundings) -> None:
+    def __init__(self, instance: str, suffix: str, context: MonitorContext) -> None:
         self.instance = instance
         self.suffix = suffix
         self.phase = Phase.CONNECTING
@@ -199,20 +95,20 @@ class Monitor:
         #: The socket it is about, None as long as there is none.
         self.identity: int | None = None
         self.guest = Guest()
-        self.file = ShutdownFile(surroundings.control_dir, instance, surroundings.log)
+        self.file = ShutdownFile(context.control_dir, instance, context.log)
         self.connection: Connection | None = None
-        self._surroundings = surroundings
+        self._context = context
         self._delay = LISTEN_DELAY
         self._version: str | None = None
         #: Whether the journal has it as it stands, or nothing is worth a record yet.
         self._is_saved = True
-        #: What lstat(2) told of the socket when its identity was made sure of last.
+        #: `socket_status` at the last check of the identity; None: check it again.
         self._status: int | None = None
 
     @property
     def path(self) -> str:
         """The monitor socket."""
-        return f"{self._surroundings.control_dir}/{self.instance}{self.suffix}"
+        return f"{self._context.control_dir}/{self.instance}{self.suffix}"
 
     def is_idle(self) -> bool:
         """Tell whether nothing is lost when the monitor is dropped."""
@@ -244,13 +140,14 @@ class Monitor:
                 return
             self._begin_anew(hash(identity))
         try:
-            connected = self._surroundings.connect(self.path)
+            connected = self._context.connect(self.path)
         except OSError as error:
             self._wait(error)
             self._save()
         else:
-            store = self._surroundings.store
-            self._adopt(Connection(connected, Protocol(), store.is_enabled))
+            store = self._context.store
+            self.connection = Connection(connected, Protocol(), store.is_enabled)
+            self._context.loop.register(self.connection, self)
             store.store(connected)
             self._negotiate()
 
@@ -263,18 +160,14 @@ class Monitor:
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
-    def _adopt(self, connection: Connection) -> None:
-        self.connection = connection
-        self._surroundings.loop.register(connection, self)
-
     def _negotiate(self) -> None:
         """Negotiate on a connection that was not greeted yet.
 
         It is kept, and known to be kept, before QEMU has anything to tell on it.
         """
-        if self.phase is not Phase.SILENT:  # else its backlog was full, which was told
+        if self.phase is not Phase.SILENT:  # else the warning was logged already
             self._enter(Phase.AWAITING_GREETING)
-            self._surroundings.expect_greeting(self)
+            self._context.expect_greeting(self)
         self._is_saved = False
         self._save()
         assert self.connection is not None
@@ -283,10 +176,10 @@ class Monitor:
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
         if error.errno in {errno.EMFILE, errno.ENFILE}:
-            self._surroundings.log.begin_trouble(*OUT_OF_DESCRIPTORS)
+            self._context.log.begin_trouble(*OUT_OF_DESCRIPTORS)
             if self.phase is not Phase.WAITING:
                 self._enter(Phase.WAITING)
-            self._surroundings.loop.set_timer(self, LONGEST_DELAY)
+            self._context.loop.set_timer(self, LONGEST_DELAY)
             return
         if self.phase is Phase.WAITING:
             self._enter(Phase.CONNECTING)
@@ -307,22 +200,22 @@ class Monitor:
                 " each rescan"
             )
             if error.errno == errno.ECONNREFUSED:
-                self._surroundings.log.debug(text, self.instance)
+                self._context.log.debug(text, self.instance)
             else:
-                self._surroundings.log.warning(text, self.instance)
+                self._context.log.warning(text, self.instance)
 
     def _try_again(self) -> None:
         """Set the timer for the next attempt to connect, twice as long each time."""
-        self._surroundings.loop.set_timer(self, self._delay)
+        self._context.loop.set_timer(self, self._delay)
         self._delay = min(max(FIRST_DELAY, 2 * self._delay), LONGEST_DELAY)
 
     def on_timer(self) -> None:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
             self.connect()
-        elif self.connection is not None and self in self._surroundings.paused:
-            self._surroundings.paused.remove(self)
-            self._surroundings.loop.register(self.connection, self)
+        elif self.connection is not None and self in self._context.paused:
+            self._context.paused.remove(self)
+            self._context.loop.register(self.connection, self)
         if self.file.is_pending:
             self.file.write()
             self._follow_file()
@@ -333,7 +226,7 @@ class Monitor:
         self.phase = Phase.SILENT
         self._is_saved = False
         self._save()
-        self._surroundings.log.warning(
+        self._context.log.warning(
             f"no greeting on {self.path} for {PATIENCE:.0f} s; QEMU serves one client"
             " at a time, and another one may be connected",
             self.instance,
@@ -354,9 +247,9 @@ class Monitor:
 
     def _let_go(self, connection: Connection | None) -> None:
         if connection is not None:
-            self._surroundings.loop.unregister(connection)
-            self._surroundings.paused.discard(self)
-            self._surroundings.store.close(connection.socket)
+            self._context.loop.unregister(connection)
+            self._context.paused.discard(self)
+            self._context.store.close(connection.socket)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there was anything to read."""
@@ -375,24 +268,24 @@ class Monitor:
         pause = connection.charge(data, size, was_saved)
         if with_descriptors:
             pause = HOSTILE_PAUSE
-            self._surroundings.log.warning(
+            self._context.log.warning(
                 "a descriptor came along, which QEMU does not send: someone else speaks"
                 f" on {self.path}; listening again in {pause:.0f} s",
                 self.instance,
             )
         if pause and data:
-            self._surroundings.loop.unregister(connection)
-            self._surroundings.paused.add(self)
-            self._surroundings.loop.set_timer(self, pause)
+            self._context.loop.unregister(connection)
+            self._context.paused.add(self)
+            self._context.loop.set_timer(self, pause)
         return bool(data)
 
     def _take(self, data: bytes, connection: Connection) -> None:
         """Act on what was read.
 
-        The last ruling stands for all: a peer that has its guest go down and come back
-        all the time is to flood the directory's watch with no events.
+        Only the last ruling of one read changes the file: a guest that goes down and
+        comes back all the time can't flood inotify.
         """
-        log, protocol = self._surroundings.log, connection.protocol
+        log, protocol = self._context.log, connection.protocol
         if log.debugging:
             for line in data.splitlines():
                 log.debug(f"<-- {line!r}", self.instance)
@@ -422,7 +315,7 @@ class Monitor:
             assert self.connection is not None
             self._version = message.version
             self._enter(Phase.CONNECTED)
-            self._surroundings.log.info(
+            self._context.log.info(
                 f"connected to QEMU {message.version}, pid {self.connection.peer_pid}"
                 f" on {self.path}",
                 self.instance,
@@ -435,7 +328,7 @@ class Monitor:
     def _end(self) -> None:
         """Take the end of the connection.
 
-        One without a greeting may be to the tail of a QEMU, and says nothing.
+        Without a greeting, QEMU may have been exiting already: that says nothing.
         """
         ruling = self.guest.on_end() if self.phase is Phase.CONNECTED else None
         if ruling is not None:
@@ -457,11 +350,14 @@ class Monitor:
         self._let_go(connection)
 
     def abandon(self) -> None:
-        """Give the connection up after an unexpected error; try again, slowly."""
+        """Give the connection up after an unexpected error; try again, slowly.
+
+        Nothing is saved: that may be what failed.
+        """
         self.close()
         self._enter(Phase.CONNECTING)
         self._delay = LONGEST_DELAY
-        self._surroundings.loop.set_timer(self, LONGEST_DELAY)
+        self._context.loop.set_timer(self, LONGEST_DELAY)
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
@@ -475,20 +371,20 @@ class Monitor:
     def _judge_unobserved_end(self) -> None:
         """Take note of a guest that went down while there was no connection.
 
-        A running guest has no shutdown file: one that is there was made by a daemon
-        that did not live to say so.
+        A running guest has no shutdown file. If one exists, an earlier daemon made it
+        and was killed before it wrote the journal.
         """
         if self.connection is not None or self.guest.on_end() is None:
             return
         name = self.instance + self.suffix
-        if socket_status(self.path) is None and self._surroundings.is_listened_on(name):
+        if socket_status(self.path) is None and self._context.is_listened_on(name):
             return  # it goes on: somebody has removed the name
         verdict = Verdict.NOT_USER
         text = "nobody can know whose doing it was, so it counts as a crash"
         if os.path.exists(self.file.path) and not self.file.is_pending:
             verdict = Verdict.USER
             text = "its shutdown file was made, and counts"
-        self._surroundings.log.info(
+        self._context.log.info(
             f"went down while it was not monitored; {text}", self.instance
         )
         self.file.carry_out(Ruling(verdict, "unobserved"), None)
@@ -498,7 +394,7 @@ class Monitor:
         """Take note of what became of the shutdown file."""
         self._is_saved = False
         if self.file.is_pending:
-            self._surroundings.loop.set_timer(self, FILE_RETRY)
+            self._context.loop.set_timer(self, FILE_RETRY)
 
     # The record.
 
@@ -507,9 +403,9 @@ class Monitor:
         if not self._is_saved:
             self._is_saved = True
             if self.phase is Phase.GONE and self.is_idle():
-                self._surroundings.journal.forget(self.record())
+                self._context.journal.forget(self.record())
             else:
-                self._surroundings.journal.write(self.record())
+                self._context.journal.write(self.record())
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""
@@ -534,14 +430,14 @@ class Monitor:
         cls,
         record: dict[str, Any],
         connected: socket.socket | None,
-        surroundings: Surroundings,
+        context: MonitorContext,
     ) -> Monitor:
         """Return a monitor that goes on where the recorded one stood.
 
         Without its connection it connects anew, unless there is no more to be heard.
         Raises ValueError, TypeError, KeyError for what is no record.
         """
-        monitor = cls(record["instance"], record["suffix"], surroundings)
+        monitor = cls(record["instance"], record["suffix"], context)
         monitor.identity = record["socket"]
         monitor.guest = Guest.restore(record["guest"])
         monitor.file.judgement = restore_judgement(record["last"])
@@ -550,16 +446,17 @@ class Monitor:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
-            connection = Connection(connected, protocol, surroundings.store.is_enabled)
+            connection = Connection(connected, protocol, context.store.is_enabled)
             connection.take_peeked(record["peeked"])
-            surroundings.store.store(connected)
-            monitor._adopt(connection)
+            context.store.store(connected)
+            monitor.connection = connection
+            context.loop.register(connection, monitor)
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
         elif phase is Phase.ENDED:
             monitor.phase = phase
         if connected is None or monitor.file.is_pending:
-            surroundings.loop.set_timer(monitor, FIRST_DELAY)
+            context.loop.set_timer(monitor, FIRST_DELAY)
         return monitor
 
 

@@ -1,4 +1,4 @@
-"""Restart in place: this process becomes the program that is installed now.
+"""Restart in place: this process runs execve(2) on the program installed now.
 
 Owns the trial of the new program and the exec(2). The locked pid file and the
 connections go along as open descriptors, the rest is in the journal. If anything is

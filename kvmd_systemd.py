@@ -2,7 +2,8 @@
 
 Owns the notify socket (sd_notify(3)), the watchdog's interval (sd_watchdog_enabled(3))
 and what systemd has not taken yet. A full or dead notify socket never blocks the
-daemon: what was not taken is sent again. Knows nothing of what is stored.
+daemon: what was not taken is sent again. Knows that sockets are stored, each named by
+its inode number; nothing of what is said on them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 NEVER = float("inf")
 #: Seconds between attempts to send what systemd did not take.
 RETRY_INTERVAL = 1.0
-#: Names that are kept for a systemd that takes no messages. One that starts the daemon
-#: again gives back what was forgotten, which is discarded then.
+#: Most names that are queued for removal while systemd takes no messages. Beyond that
+#: the oldest are dropped: systemd gives those descriptors back at the next start.
 MOST_DISCARDED = 1000
 #: What the name of a kept connection begins with.
 PREFIX = "connection-"
@@ -65,7 +66,7 @@ class Notifier:
     def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
         """Send lines like READY=1, and descriptors with them; tell whether that worked.
 
-        Nothing else that is done here depends on it.
+        A failure is no error: the caller sends again later, or does without.
         """
         if not self.is_enabled:
             return False
@@ -117,7 +118,7 @@ class DescriptorStore:
     """
 
     def __init__(self, notifier: Notifier, discarded: Iterable[str] = ()) -> None:
-        """Begin with the names that an earlier daemon could not have discarded."""
+        """Begin with the names whose removal an earlier daemon could not send."""
         self._notifier = notifier
         #: Name -> descriptor of what systemd has not taken yet.
         self._unstored: dict[str, int] = {}
@@ -144,8 +145,8 @@ class DescriptorStore:
         """Close a connection, also where it is kept."""
         if self.is_enabled:
             self.discard(connection_name(connection))
-            # systemd may have it open a while longer. Where there is none, it may be a
-            # socket of the starter's, who goes on using it.
+            # systemd may hold a copy, so closing ours does not end the connection.
+            # Without systemd, another process may share the socket.
             with contextlib.suppress(OSError):  # the peer has closed it already
                 connection.shutdown(socket.SHUT_RDWR)
         connection.close()

@@ -1,7 +1,8 @@
 """What an event means: the state of a guest, and the verdict on how it ended.
 
 A guest that its user shut down ends with SHUTDOWN, and nothing that went before speaks
-against the user. All other ends are not the user's doing. In tables:
+against the user: a powerdown request within POWERDOWN_LIFETIME, a panic, for old QEMUs
+also a stop. All other ends are not the user's doing. In tables:
 
 - EFFECTS: what each event changes in the state of the guest, and IGNORED: the events
   that change nothing, each with the reason.

@@ -18,10 +18,11 @@ from fake_qemu import FakeQemu
 from node import Node
 from qemu import PROGRAM, Qemu, is_installed
 
+from kvmd_context import MonitorContext
 from kvmd_journal import Journal
 from kvmd_log import Log
 from kvmd_loop import Loop
-from kvmd_monitor import Monitor, Surroundings
+from kvmd_monitor import Monitor
 from kvmd_systemd import DescriptorStore, Notifier
 
 StartQemu = Callable[..., Qemu]
@@ -78,27 +79,27 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
 
 
 @pytest.fixture
-def surroundings(control_dir: Path) -> Iterator[Surroundings]:
+def context(control_dir: Path) -> Iterator[MonitorContext]:
     """Return what a monitor needs, with a log that is thrown away."""
     log, store = Log(None, []), DescriptorStore(Notifier({}))
-    surroundings = Surroundings(str(control_dir), log, Loop(), store, 100)
+    context = MonitorContext(str(control_dir), log, Loop(), store, 100)
     state_file = control_dir.parent / "kvmd.state"
-    surroundings.journal = Journal(
+    context.journal = Journal(
         str(state_file), str(control_dir), log, lambda: [], lambda: []
     )
-    surroundings.journal.begin()
-    yield surroundings
-    surroundings.journal.close()
-    surroundings.loop.close()
+    context.journal.begin()
+    yield context
+    context.journal.close()
+    context.loop.close()
 
 
 @pytest.fixture
 def monitor(
-    surroundings: Surroundings, fake_qemu: FakeQemu
+    context: MonitorContext, fake_qemu: FakeQemu
 ) -> Iterator[Monitor]:
     """Return a monitor that has negotiated with the fake QEMU."""
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     fake_qemu.negotiate()
     while not monitor.guest.seen_alive:

@@ -315,7 +315,8 @@ def test_watches_that_run_out_on_the_way_are_fallen_back_from(
 def test_an_idle_daemon_sleeps(
     control_dir: Path, fake_qemu: FakeQemu, interval: int
 ) -> None:
-    program = program_with(control_dir.parent, "kvmd_monitor.PATIENCE = 0.2")
+    patch = "kvmd_context.PATIENCE = kvmd_monitor.PATIENCE = 0.2"
+    program = program_with(control_dir.parent, patch)
     silent, dead = (FakeQemu(control_dir, name) for name in ("silent", "dead"))
     # All listen before the daemon starts: its patience with a bound socket is short.
     fake_qemu.listen()

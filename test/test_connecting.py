@@ -25,7 +25,7 @@ SOCKET = f"{INSTANCE}.kvmd"
 
 # Half a second stands for the ten that the daemon waits for a listener or a greeting,
 # and a twentieth for the fifteen between two rescans.
-IMPATIENT = "kvmd_monitor.PATIENCE = 0.5"
+IMPATIENT = "kvmd_context.PATIENCE = kvmd_monitor.PATIENCE = 0.5"
 RESCAN = "--rescan-interval=0.05"
 
 StartFakeQemu = Callable[..., FakeQemu]

@@ -24,10 +24,10 @@ from systemd import Service, Systemd
 from variant import program_with
 
 from kvmd_connection import FILL_TIME, TOKEN_INTERVAL
+from kvmd_context import MonitorContext
 from kvmd_daemon import STATUS_LINES_PER_TURN, TIMERS_PER_TURN, Daemon
 from kvmd_instances import Instances
 from kvmd_loop import Loop
-from kvmd_monitor import Surroundings
 from kvmd_qmp import LINE_LIMIT
 from kvmd_restart import Restart
 from kvmd_systemd import Notifier
@@ -171,15 +171,15 @@ class Overdue(Loop):
 
 
 def test_a_turn_brings_few_of_those_back_that_were_left_alone(
-    surroundings: Surroundings, tmp_path: Path
+    context: MonitorContext, tmp_path: Path
 ) -> None:
-    surroundings.loop = loop = Overdue()
+    context.loop = loop = Overdue()
     daemon = Daemon(
-        surroundings,
+        context,
         Notifier({}),
         str(tmp_path / "state"),
-        Instances(surroundings, (".kvmd",), 0),
-        Restart([], surroundings.log),
+        Instances(context, (".kvmd",), 0),
+        Restart([], context.log),
     )
     loop.end = daemon.stop
     daemon.run()

@@ -14,6 +14,7 @@ from daemon import ROOT, Daemon
 from manual import PAGE, need, rendered_page, run, section
 from messages import Message, messages_and_findings, syntax_trees
 
+import kvmd_context
 import kvmd_journal
 import kvmd_monitor
 import kvmd_options
@@ -139,10 +140,10 @@ def test_every_file_is_on_the_page(page: str, strings: set[str]) -> None:
 
 
 def test_every_member_of_the_journal_is_on_the_page(
-    page: str, monitor: kvmd_monitor.Monitor, surroundings: kvmd_monitor.Surroundings
+    page: str, monitor: kvmd_monitor.Monitor, context: kvmd_context.MonitorContext
 ) -> None:
     monitor.file.carry_out(kvmd_verdict.Ruling(kvmd_verdict.Verdict.USER, "x"), None)
-    header = kvmd_journal.read_journal(surroundings.journal.path).header
+    header = kvmd_journal.read_journal(context.journal.path).header
     record = monitor.record()
     members = {*header, *record, *record["guest"], *record["protocol"], *record["last"]}
     table = re.findall(r"^ {7} *(\w+)  ", section(page, "The journal"), re.M)
@@ -262,7 +263,7 @@ def test_every_word_of_a_verdict_line_is_explained(page: str) -> None:
 
 def test_every_phase_in_the_status_is_explained(page: str) -> None:
     explained = section(page, HEADINGS["INFO"]).split("status: version")[-1]
-    assert [phase for phase in kvmd_monitor.Phase if phase.value not in explained] == []
+    assert [phase for phase in kvmd_context.Phase if phase.value not in explained] == []
 
 
 def test_page_names_the_version_and_a_date() -> None:

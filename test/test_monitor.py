@@ -16,17 +16,11 @@ from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 
 from kvmd_connection import FILL_TIME, HOSTILE_PAUSE
+from kvmd_context import PATIENCE, RESERVED_DESCRIPTORS, MonitorContext, Phase
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
-from kvmd_monitor import (
-    LISTEN_DELAY,
-    PATIENCE,
-    RESERVED_DESCRIPTORS,
-    Monitor,
-    Phase,
-    Surroundings,
-)
+from kvmd_monitor import LISTEN_DELAY, Monitor
 from kvmd_shutdown_file import ShutdownFile
 from kvmd_systemd import DescriptorStore, Notifier
 
@@ -37,23 +31,23 @@ USER_SHUTDOWN = event_line("SHUTDOWN", guest=True, reason="guest-shutdown")
 GREETING = b'{"QMP": {}}\r\n'
 
 
-def ready(surroundings: Surroundings) -> bool:
+def ready(context: MonitorContext) -> bool:
     """Tell whether there is something to read."""
-    return surroundings.loop.wait(0) != []
+    return context.loop.wait(0) != []
 
 
-def read_all(monitor: Monitor, surroundings: Surroundings) -> None:
+def read_all(monitor: Monitor, context: MonitorContext) -> None:
     """Read as often as the loop would have it read."""
-    while ready(surroundings):
+    while ready(context):
         assert monitor.receive()
 
 
 def connect_to(
-    peer: socket.socket, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+    peer: socket.socket, context: MonitorContext, monkeypatch: pytest.MonkeyPatch
 ) -> Monitor:
     """Return a monitor that has this for its new connection."""
-    monkeypatch.setattr(surroundings, "connect", lambda _path: peer)
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monkeypatch.setattr(context, "connect", lambda _path: peer)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     return monitor
 
@@ -62,34 +56,34 @@ def connect_to(
 
 
 def test_to_wait_for_a_descriptor_costs_one_record_however_long_it_takes(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(code: int) -> None:
         def connect(_path: str) -> socket.socket:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(surroundings, "connect", connect)
+        monkeypatch.setattr(context, "connect", connect)
         monitor.on_timer()
 
     fake_qemu.bind()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     refuse(errno.EMFILE)
-    size = os.path.getsize(surroundings.journal.path)
+    size = os.path.getsize(context.journal.path)
     later = time.monotonic() + 2 * PATIENCE
     refuse(errno.EMFILE)
     assert monitor.phase is Phase.WAITING
-    assert os.path.getsize(surroundings.journal.path) == size
+    assert os.path.getsize(context.journal.path) == size
     monkeypatch.setattr(time, "monotonic", lambda: later)
     refuse(errno.ECONNREFUSED)
     assert monitor.phase.value == "connecting"
 
 
 def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.listen()
     fake_qemu.crash()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     monitor.connect()
     later = time.monotonic() + PATIENCE
@@ -101,18 +95,18 @@ def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
     monkeypatch.setattr(time, "monotonic", lambda: long_after)
     monitor.connect()  # as a rescan does
     assert monitor.phase.value == "connecting"
-    assert surroundings.loop.next_timer() == long_after + LISTEN_DELAY
+    assert context.loop.next_timer() == long_after + LISTEN_DELAY
 
 
 def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delays: list[float] = []
     monkeypatch.setattr(
-        surroundings.loop, "set_timer", lambda _monitor, seconds: delays.append(seconds)
+        context.loop, "set_timer", lambda _monitor, seconds: delays.append(seconds)
     )
     fake_qemu.bind()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     for _ in range(13):
         monitor.connect()
     assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
@@ -120,44 +114,44 @@ def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
 
 
 def test_a_monitor_that_is_closed_waits_for_nothing(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     monitor.close()
     later = time.monotonic() + PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert not list(surroundings.overdue())
-    assert surroundings.loop.registered == 0
+    assert not list(context.overdue())
+    assert context.loop.registered == 0
 
 
 def test_a_peer_that_does_not_greet_in_time_is_overdue_once(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
-    assert not list(surroundings.overdue())
-    later = surroundings.next_overdue()
+    assert not list(context.overdue())
+    later = context.next_overdue()
     assert later == monitor.since + PATIENCE
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert list(surroundings.overdue()) == [monitor]
+    assert list(context.overdue()) == [monitor]
     monitor.on_overdue()
     assert monitor.phase is Phase.SILENT
-    assert not list(surroundings.overdue())
+    assert not list(context.overdue())
     monitor.close()
 
 
 @pytest.mark.parametrize("way", ["abandoned", "restored"])
 def test_a_guest_is_not_alive_in_a_connection_for_having_been_in_an_earlier_one(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu, way: str
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu, way: str
 ) -> None:
     record = json.loads(json.dumps(monitor.record()))
     monitor.abandon()
     fake_qemu.disconnect()
     if way == "restored":
-        monitor = Monitor.restore(record, None, surroundings)
+        monitor = Monitor.restore(record, None, context)
     fake_qemu.shutdown_file.touch()
     monitor.connect()
     fake_qemu.accept()
@@ -219,10 +213,10 @@ def test_a_socket_made_anew_is_a_new_qemus(
 
 
 def test_of_a_new_qemu_nothing_is_known(
-    surroundings: Surroundings, fake_qemu: FakeQemu
+    context: MonitorContext, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     monitor.guest.on_event("POWERDOWN", None, None)
     monitor.connect()
@@ -237,28 +231,28 @@ def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
 ) -> None:
     limit = RESERVED_DESCRIPTORS + 1
     log, store = Log(None, []), DescriptorStore(Notifier({}))
-    surroundings = Surroundings(str(control_dir), log, Loop(), store, limit)
-    surroundings.journal = Journal("/none", "", log, lambda: [], lambda: [])
+    context = MonitorContext(str(control_dir), log, Loop(), store, limit)
+    context.journal = Journal("/none", "", log, lambda: [], lambda: [])
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     fake_qemu.accept()
     fake_qemu.send_descriptor(UNINTERESTING, 0)
     assert monitor.receive()
-    assert surroundings.loop.registered == 0
+    assert context.loop.registered == 0
     with pytest.raises(OSError) as caught:
-        surroundings.connect(monitor.path)
+        context.connect(monitor.path)
     assert caught.value.errno == errno.EMFILE
     monitor.close()
-    surroundings.connect(monitor.path).close()
-    surroundings.loop.close()
+    context.connect(monitor.path).close()
+    context.loop.close()
 
 
 # ---- Listening -----------------------------------------------------------------------
 
 
 def test_what_had_arrived_counts_though_sending_fails(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.bind()
     ours, theirs = socket.socketpair()
@@ -266,18 +260,18 @@ def test_what_had_arrived_counts_though_sending_fails(
     theirs.close()
     with pytest.raises(BrokenPipeError):
         ours.send(b"as the daemon's commands will fare")
-    monitor = connect_to(ours, surroundings, monkeypatch)
+    monitor = connect_to(ours, context, monkeypatch)
     while monitor.receive():
         pass
     assert fake_qemu.shutdown_file.exists()
 
 
 def test_what_had_arrived_counts_though_the_peer_left_something_unread(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_qemu.bind()
     ours, theirs = socket.socketpair()
-    monitor = connect_to(ours, surroundings, monkeypatch)
+    monitor = connect_to(ours, context, monkeypatch)
     theirs.send(GREETING + USER_SHUTDOWN)
     theirs.close()  # with the commands unread: ECONNRESET
     while monitor.receive():
@@ -302,13 +296,13 @@ def test_the_last_ruling_of_one_read_stands_for_all(
 
 
 def test_a_pending_file_makes_no_peer_look_silent(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EROFS, "patched")
 
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     fake_qemu.negotiate()
     while monitor.phase is not Phase.CONNECTED:
@@ -329,80 +323,80 @@ def test_a_pending_file_makes_no_peer_look_silent(
 
 
 def test_a_peer_that_sends_descriptors_is_left_alone_and_told_of(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     warnings: list[str] = []
-    surroundings.log.sinks.append(lambda _level, line: warnings.append(line))
+    context.log.sinks.append(lambda _level, line: warnings.append(line))
     fake_qemu.send_descriptor(UNINTERESTING, 0)
     assert monitor.receive()
-    surroundings.log.flush()
+    context.log.flush()
     assert " WARNING web1.example.com: a descriptor came along" in warnings[-1]
     fake_qemu.send(UNINTERESTING)
-    assert not ready(surroundings)
-    remaining = surroundings.loop.next_timer() - time.monotonic()
+    assert not ready(context)
+    remaining = context.loop.next_timer() - time.monotonic()
     assert HOSTILE_PAUSE / 2 < remaining <= HOSTILE_PAUSE
     monitor.on_timer()
-    assert ready(surroundings)
+    assert ready(context)
 
 
 def test_a_peer_with_much_to_parse_is_left_alone_for_a_while(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.send(event_line("RESET") * 500)
-    read_all(monitor, surroundings)
+    read_all(monitor, context)
     assert monitor.receive(), "all was read"
-    wait_until(lambda: monitor in surroundings.loop.expired(), "its timer")
+    wait_until(lambda: monitor in context.loop.expired(), "its timer")
     monitor.on_timer()
-    assert ready(surroundings)
+    assert ready(context)
 
 
 def test_a_long_line_counts_as_parsed_from_its_start(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.send(event_line("RESET", data="x" * 60000))
-    read_all(monitor, surroundings)
-    assert monitor in surroundings.paused
+    read_all(monitor, context)
+    assert monitor in context.paused
 
 
 def test_of_a_closed_connection_nothing_is_kept(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.send_descriptor(UNINTERESTING, 0)
     assert monitor.receive()
-    assert surroundings.paused == {monitor}
+    assert context.paused == {monitor}
     monitor.close()
-    assert not surroundings.paused
+    assert not context.paused
 
 
 def test_a_peer_with_nothing_to_parse_is_never_left_alone(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     for _ in range(100):
         fake_qemu.send(UNINTERESTING * 500)
-        read_all(monitor, surroundings)
+        read_all(monitor, context)
     assert not monitor.receive()
 
 
 def test_a_peer_that_has_paid_is_heard_at_once(
-    surroundings: Surroundings,
+    context: MonitorContext,
     monitor: Monitor,
     fake_qemu: FakeQemu,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_qemu.send(event_line("RESET") * 500)
-    read_all(monitor, surroundings)
+    read_all(monitor, context)
     later = time.monotonic() + 2 * FILL_TIME
     monkeypatch.setattr(time, "monotonic", lambda: later)
     monitor.on_timer()
     monitor.receive()
-    assert monitor not in surroundings.paused
+    assert monitor not in context.paused
 
 
 # ---- The record ----------------------------------------------------------------------
 
 
 def steps(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Monitor]:
     """Take a monitor through all that may change what is to be known of it."""
 
@@ -410,7 +404,7 @@ def steps(
         raise OSError(errno.EROFS, "patched")
 
     fake_qemu.listen()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     yield monitor
     monitor.on_overdue()
@@ -435,16 +429,16 @@ def steps(
 
 
 def test_the_record_in_the_journal_is_how_an_instance_stands(
-    surroundings: Surroundings, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for monitor in steps(surroundings, fake_qemu, monkeypatch):
-        records = read_journal(surroundings.journal.path).records
+    for monitor in steps(context, fake_qemu, monkeypatch):
+        records = read_journal(context.journal.path).records
         assert records[INSTANCE] == json.loads(json.dumps(monitor.record()))
     assert monitor.phase is Phase.GONE
 
 
 def test_a_restored_monitor_has_the_same_record(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.send(POWERDOWN)
     monitor.receive()
@@ -452,43 +446,43 @@ def test_a_restored_monitor_has_the_same_record(
     assert monitor.connection is not None
     connected = monitor.connection.socket.dup()
     monitor.close()
-    successor = Monitor.restore(record, connected, surroundings)
+    successor = Monitor.restore(record, connected, context)
     assert json.loads(json.dumps(successor.record())) == record
     successor.close()
 
 
 def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
-    surroundings: Surroundings, monitor: Monitor
+    context: MonitorContext, monitor: Monitor
 ) -> None:
     record = {**monitor.record(), "peeked": ["?"]}
     assert monitor.connection is not None
     connected = monitor.connection.socket.dup()
     monitor.close()
     with connected, pytest.raises(ValueError):
-        Monitor.restore(record, connected, surroundings)
-    assert surroundings.loop.registered == 0
+        Monitor.restore(record, connected, context)
+    assert context.loop.registered == 0
 
 
 def test_a_socket_without_a_connection_so_far_is_worth_no_record(
-    surroundings: Surroundings, fake_qemu: FakeQemu
+    context: MonitorContext, fake_qemu: FakeQemu
 ) -> None:
     fake_qemu.bind()
-    monitor = Monitor(INSTANCE, ".kvmd", surroundings)
+    monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
-    assert not read_journal(surroundings.journal.path).records
+    assert not read_journal(context.journal.path).records
 
 
 def test_a_guest_that_went_down_unobserved_counts_as_crashed(
-    surroundings: Surroundings, monitor: Monitor, fake_qemu: FakeQemu
+    context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     lines: list[str] = []
-    surroundings.log.sinks.append(lambda _level, line: lines.append(line))
+    context.log.sinks.append(lambda _level, line: lines.append(line))
     record = json.loads(json.dumps(monitor.record()))
     monitor.close()
     fake_qemu.exit()
-    successor = Monitor.restore(record, None, surroundings)
+    successor = Monitor.restore(record, None, context)
     successor.connect()
-    surroundings.log.flush()
+    context.log.flush()
     assert "went down while it was not monitored" in lines[-2]
     assert " verdict=not-user cause=unobserved " in lines[-1]
     judgement = successor.file.judgement

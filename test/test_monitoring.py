@@ -18,7 +18,7 @@ from fake_qemu import FakeQemu
 from manual import rendered_page, section
 from variant import program_with
 
-IMPATIENT = "kvmd_monitor.PATIENCE = 0.1"
+IMPATIENT = "kvmd_context.PATIENCE = kvmd_monitor.PATIENCE = 0.1"
 OK, CRITICAL = 0, 2
 
 

@@ -19,8 +19,8 @@ from fake_qemu import FakeQemu
 from test_check import locked_by_another
 
 import kvmd_status
+from kvmd_context import Phase
 from kvmd_journal import FORMAT, boot_id
-from kvmd_monitor import Phase
 
 GUEST = {"powerdown_requested": False, "stopped": False, "panicked": False}
 MEMBERS = {

@@ -185,7 +185,7 @@ def leave_a_dead_socket(qemu: FakeQemu) -> None:
 def test_what_went_down_meanwhile_is_told_a_line_each_and_counts_as_a_crash(
     start: Start, control_dir: Path, end: Callable[[FakeQemu], None]
 ) -> None:
-    daemon = start("kvmd_monitor.PATIENCE = 0.2")
+    daemon = start("kvmd_context.PATIENCE = kvmd_monitor.PATIENCE = 0.2")
     with FakeQemu(control_dir, "one") as one, FakeQemu(control_dir, "two") as two:
         for qemu in (one, two):
             negotiate(qemu, daemon)
