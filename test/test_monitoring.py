@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -20,6 +19,8 @@ from variant import program_with
 
 IMPATIENT = "kvmd_context.PATIENCE = kvmd_monitor.PATIENCE = 0.1"
 OK, CRITICAL = 0, 2
+# What the example runs.
+INSTALLED = "/usr/sbin/ganeti-kvmd"
 
 
 class Check:
@@ -27,27 +28,32 @@ class Check:
 
     def __init__(self, daemon: Daemon) -> None:
         directory = daemon.control_dir.parent
-        self._environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}"}
         command = [
             *(sys.executable, str(ROOT / "kvmd.py"), "--no-cluster-checks"),
             *("--control-dir", str(daemon.control_dir)),
             *("--pid-file", str(daemon.pid_file)),
         ]
-        program = directory / "ganeti-kvmd"
-        program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-        program.chmod(0o755)
+        self._program = directory / "ganeti-kvmd"
+        self._program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        self._program.chmod(0o755)
         page = section(rendered_page(), "Monitoring")
         example = re.search(r"^ *#!/bin/sh\n.*^ *exit \$status\n", page, re.M | re.S)
         assert example
         self._script = directory / "check_kvmd"
-        self._script.write_text(dedent(example[0]))
+        script = dedent(example[0]).replace(INSTALLED, str(self._program))
+        self._script.write_text(script)
+
+    def break_status(self) -> None:
+        """Have the program print nothing when it is asked for the status."""
+        command = self._program.read_text()
+        failing = "case $1 in --status*) exit 1 ;; esac\n"
+        self._program.write_text(command.replace("exec ", f"{failing}exec "))
 
     def run(self) -> tuple[int, str]:
         """Return the exit status and what is printed."""
         done = subprocess.run(
             ["sh", str(self._script)],
             capture_output=True,
-            env=self._environment,
             check=False,
             text=True,
             timeout=SECONDS,
@@ -91,6 +97,13 @@ def test_no_daemon(check: Check, daemon: Daemon) -> None:
     assert status == CRITICAL
     assert said.startswith("CRITICAL: no daemon runs ")
     assert said.count("\n") == 1
+
+
+def test_a_status_that_cannot_be_read(check: Check) -> None:
+    check.break_status()
+    status, said = check.run()
+    assert status == CRITICAL
+    assert said.startswith("CRITICAL: the status cannot be read: ")
 
 
 def test_an_instance_that_runs_and_is_not_monitored(
