@@ -157,5 +157,5 @@ class Connection:
         return max(missing, SHORTEST_PAUSE) if missing > 0 else 0.0
 
     def export_kept(self) -> dict[str, Any] | None:
-        """Return what the journal must have before `take`; None if nothing is peeked at."""
+        """Return what the journal must have before `take`; None without peeking."""
         return self.protocol.export() if self._flags else None

@@ -1,7 +1,7 @@
 """What all monitors of the node share, and the phases in which they stand.
 
-Owns the limit on connections, and who awaits a greeting; brings together the directory's
-path, log, loop, journal and descriptor store. Knows nothing of guests and verdicts.
+Owns the limit on connections, and who awaits a greeting; brings together directory,
+log, loop, journal and descriptor store. Knows nothing of guests and verdicts.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ since the epoch; what is not known is null.
       powerdown_requested  whether somebody has pressed the power button
       powerdown_time       when, the last time
       last_verdict         an object, null if there was none:
-        verdict  user, not-user, withdrawn, running, earlier
+        verdict  user, not-user, withdrawn, running
         cause    as in the log
         event    QEMU's time stamp
         time     when it was carried out
