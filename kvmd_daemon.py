@@ -147,6 +147,8 @@ class Daemon:
         """Replace this program in place; return only if that fails. Signals wait."""
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         self._serve_signals()  # what has come before they were blocked
+        while self._unreported:
+            self._log_status()
         if not self.is_stopping:
             monitors = self._instances.monitors.values()
             connections = [m.connection for m in monitors if m.connection is not None]

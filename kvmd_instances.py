@@ -109,9 +109,7 @@ class Instances:
         monitor = Monitor(instance, suffix, self._context)
         old = self.monitors.pop(instance, None)
         if old is not None:
-            self.perform(old, self._finish)
-            old.close()  # whatever went wrong
-            old.due = None
+            self._end(old)
             monitor.file.judgement = old.file.judgement
             monitor.file.give_up()
         gone = self._context.journal.gone.pop(instance, None)
@@ -119,6 +117,12 @@ class Instances:
             monitor.file.judgement = restore_judgement(gone["last"])
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)
+
+    def _end(self, monitor: Monitor) -> None:
+        """Have nothing more to do with a monitor whose socket is another's now."""
+        self.perform(monitor, self._finish)
+        monitor.close()  # whatever went wrong
+        monitor.due = None
 
     def _finish(self, monitor: Monitor) -> None:
         """Read what is left on a connection before another takes its place."""
@@ -141,12 +145,15 @@ class Instances:
         suffix = self._best_suffix(instance)
         if suffix is None:
             return
-        if monitor is not None and suffix == monitor.suffix:
-            if not monitor.is_of_socket():
-                self._start(instance, suffix)
-        elif suffix == self._suffixes[0]:
+        if suffix == self._suffixes[0]:
             self._start(instance, suffix)
-        elif (monitor is None or monitor.is_idle()) and instance not in self._lone:
+            return
+        if monitor is not None and monitor.suffix == suffix:
+            if monitor.is_of_socket():
+                return
+            self._end(self.monitors.pop(instance))
+            monitor = None
+        if (monitor is None or monitor.is_idle()) and instance not in self._lone:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
             if self.due is None:
                 self._context.loop.set_timer(self, SETTLING_TIME)

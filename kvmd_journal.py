@@ -252,8 +252,9 @@ def read_journal(path: str) -> Contents:
     not of this program, of another format, or of another boot.
     """
     with open(open_regular_file(path, os.O_RDONLY), "rb") as file:
+        # A file without a name was replaced just now: it is as good as a moment ago.
         status = os.fstat(file.fileno())
-        if status.st_uid != os.geteuid() or status.st_nlink != 1:
+        if status.st_uid != os.geteuid() or status.st_nlink > 1:
             raise ValueError("another user's file, or linked to from elsewhere")
         lines = file.read().split(b"\n")
     header = parse_object(lines[0])

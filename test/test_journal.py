@@ -297,6 +297,19 @@ def test_a_file_with_a_second_name_is_not_read(written: Owner) -> None:
         read_journal(str(written.path))
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_as_good_as_before(
+    written: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fstat = os.fstat
+
+    def replace_then_fstat(fd: int) -> os.stat_result:
+        written.path.unlink(missing_ok=True)
+        return fstat(fd)
+
+    monkeypatch.setattr(os, "fstat", replace_then_fstat)
+    assert read_journal(str(written.path)).records
+
+
 # ---- What is planted -----------------------------------------------------------------
 
 
