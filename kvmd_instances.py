@@ -18,7 +18,12 @@ from kvmd_inotify import DirectoryWatch, Fact
 from kvmd_loop import NEVER
 from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor
 from kvmd_shutdown_file import restore_judgement
-from kvmd_socket import LONGEST_SOCKET_PATH, listening_names, socket_status
+from kvmd_socket import (
+    LONGEST_SOCKET_PATH,
+    listening_names,
+    socket_identity,
+    socket_status,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -145,18 +150,27 @@ class Instances:
         suffix = self._best_suffix(instance)
         if suffix is None:
             return
+        is_known = monitor is not None and monitor.suffix == suffix
+        if monitor is not None and is_known and not self._is_replaced(monitor):
+            return
         if suffix == self._suffixes[0]:
             self._start(instance, suffix)
             return
-        if monitor is not None and monitor.suffix == suffix:
-            if monitor.is_of_socket():
-                return
+        if is_known:
             self._end(self.monitors.pop(instance))
             monitor = None
         if (monitor is None or monitor.is_idle()) and instance not in self._lone:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
             if self.due is None:
                 self._context.loop.set_timer(self, SETTLING_TIME)
+
+    def _is_replaced(self, monitor: Monitor) -> bool:
+        """Tell whether another socket stands at a monitor's path.
+
+        One that is away for a moment, with its directory, may come back.
+        """
+        identity = socket_identity(monitor.path)
+        return identity is not None and hash(identity) != monitor.identity
 
     def _best_suffix(self, instance: str) -> str | None:
         for suffix in self._suffixes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 import stat
@@ -32,6 +33,8 @@ STATX_BIRTH = struct.Struct("80xqI")
 LONGEST_HANDLE = 128
 HANDLE_HEADER = struct.Struct("Ii")
 LIBC = ctypes.CDLL(None, use_errno=True)
+#: Errors that say that no file is there.
+VANISHED = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.EACCES}
 
 #: A change younger than this may be followed by another with the same time: the clock
 #: of kernels before 6.13 ticks up to every 10 ms.
@@ -85,8 +88,10 @@ def socket_identity(path: str) -> tuple[int, int, int] | None:
     status = _stat_socket(path)
     if status is None:
         return None
-    birth = _birth(os.fsencode(path)) or status.st_mtime_ns
-    return status.st_dev, status.st_ino, birth
+    birth = _birth(os.fsencode(path))
+    if birth is None:
+        return None
+    return status.st_dev, status.st_ino, birth or status.st_mtime_ns
 
 
 def _stat_socket(path: str) -> os.stat_result | None:
@@ -97,8 +102,10 @@ def _stat_socket(path: str) -> os.stat_result | None:
     return status if stat.S_ISSOCK(status.st_mode) else None
 
 
-def _birth(path: bytes) -> int:
+def _birth(path: bytes) -> int | None:
     """Return the file handle or the birth time of a file, 0 if neither is known.
+
+    None if the file has gone away: it must not be told by something else then.
 
     The handle comes first: it holds a random number of each inode (the generation),
     and tmpfs knows no birth times on older kernels. Overlayfs has no handles.
@@ -110,8 +117,12 @@ def _birth(path: bytes) -> int:
     if not LIBC.name_to_handle_at(AT_FDCWD, path, handle, ctypes.byref(mount), 0):
         size, _ = HANDLE_HEADER.unpack_from(handle)
         return int.from_bytes(handle.raw[HANDLE_HEADER.size :][:size], "little")
+    if ctypes.get_errno() in VANISHED:
+        return None
     status = ctypes.create_string_buffer(STATX_SIZE)  # its mask is 0 after a failure
-    LIBC.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BTIME, status)
+    failed = LIBC.statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BTIME, status)
+    if failed and ctypes.get_errno() in VANISHED:
+        return None
     if not STATX_MASK.unpack_from(status)[0] & STATX_BTIME:
         return 0
     seconds, nanoseconds = STATX_BIRTH.unpack_from(status)

@@ -232,3 +232,16 @@ def test_no_name_forges_a_listener(control_dir: Path) -> None:
         other.bind(forged)
         third.bind(b"\0a\nb \xff zz 1 zz 1 z %b/a.kvmd" % os.fsencode(control_dir))
         assert kvmd_socket.read_bound_sockets(str(control_dir)) == {}
+
+
+def test_a_socket_that_goes_away_while_it_is_looked_at_has_no_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "away" / "a"
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        status = os.lstat(path)
+        path.parent.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(os, "lstat", lambda _path: status)
+    assert kvmd_socket.socket_identity(str(path)) is None
