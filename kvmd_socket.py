@@ -114,6 +114,7 @@ def _birth(path: bytes) -> int | None:
         HANDLE_HEADER.pack(LONGEST_HANDLE, 0), HANDLE_HEADER.size + LONGEST_HANDLE
     )
     mount = ctypes.c_int()
+    ctypes.set_errno(0)
     if not LIBC.name_to_handle_at(AT_FDCWD, path, handle, ctypes.byref(mount), 0):
         size, _ = HANDLE_HEADER.unpack_from(handle)
         return int.from_bytes(handle.raw[HANDLE_HEADER.size :][:size], "little")
