@@ -138,7 +138,8 @@ class Monitor:
                 self._enter(Phase.GONE)
                 self._save()
                 return
-            self._begin_anew(hash(identity))
+            if hash(identity) != self.identity:
+                self._begin_anew(hash(identity))
         try:
             connected = self._context.connect(self.path)
         except OSError as error:

@@ -226,6 +226,18 @@ def test_of_a_new_qemu_nothing_is_known(
     assert not monitor.guest.powerdown_requested
 
 
+def test_of_a_socket_that_is_back_after_a_moment_all_stays_known(
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", context)
+    monitor.connect()
+    monitor.guest.on_event("POWERDOWN", None, None)
+    monkeypatch.setattr("kvmd_monitor.socket_status", lambda _path: None)
+    monitor.connect()
+    assert monitor.guest.powerdown_requested
+
+
 def test_a_connection_that_is_left_alone_takes_a_descriptor_all_the_same(
     control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
