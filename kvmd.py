@@ -62,8 +62,8 @@ def is_wanted(options: Options, log: Log) -> bool:
 
 def make_log(options: Options) -> Log:
     """Return the log as the options want it, the file not open yet."""
-    sinks: list[Callable[[str, str], None]] = []
-    fallbacks: list[Callable[[str, str], None]] = []
+    sinks: list[Callable[[str], None]] = []
+    fallbacks: list[Callable[[str], None]] = []
     (sinks if options.foreground else fallbacks).append(stderr_sink)
     (sinks if options.syslog != "no" else fallbacks).append(syslog_sink)
     log = Log(None if options.syslog == "only" else options.log_file, sinks, fallbacks)

@@ -1,7 +1,7 @@
 """One connection to a monitor socket: negotiation, reading, what a peer may cost.
 
 Owns the socket and the protocol's state. Where systemd keeps connections, what is read
-is only looked at (MSG_PEEK) until `take` is called: a daemon that is killed before
+is only looked at (MSG_PEEK) until `consume` is called: a daemon that is killed before
 leaves it in the socket. The peer is a QEMU that its guest may have taken over: what it
 makes the daemon do is limited, and beyond that it is not read for a while. Other limits
 on a hostile guest are in `kvmd_qmp` (a line's length), `kvmd_daemon` (work per turn),
@@ -106,17 +106,27 @@ class Connection:
             self._peeked = data
         return data, bool(flags & CONTROL_TRUNCATED)
 
-    def take(self) -> None:
+    def consume(self) -> None:
         """Take out of the socket what was only looked at before."""
         if self._peeked:
             self.socket.recv(len(self._peeked))
             self._peeked = b""
 
-    def export_peeked(self) -> list[int] | None:
-        """Return length and checksum of the bytes that `take` will remove."""
-        return [len(self._peeked), crc32(self._peeked)] if self._peeked else None
+    def export(self) -> dict[str, Any]:
+        """Return what the record of its instance has of it.
 
-    def take_peeked(self, peeked: list[int] | None) -> None:
+        `peeked` is length and checksum of the bytes that `consume` will remove.
+        """
+        record = {
+            "connection": self.inode,
+            "pid": self.peer_pid,
+            "protocol": self.protocol.export(),
+        }
+        if self._peeked:
+            record["peeked"] = [len(self._peeked), crc32(self._peeked)]
+        return record
+
+    def consume_peeked(self, peeked: list[int] | None) -> None:
         """Remove what an earlier daemon acted on, and was killed before it removed it.
 
         QEMU does not say the same twice, for each event has its time stamp.
@@ -157,5 +167,5 @@ class Connection:
         return max(missing, SHORTEST_PAUSE) if missing > 0 else 0.0
 
     def export_kept(self) -> dict[str, Any] | None:
-        """Return what the journal must have before `take`; None without peeking."""
+        """Return what the journal must have before `consume`; None without peeking."""
         return self.protocol.export() if self._flags else None

@@ -1,7 +1,7 @@
 """What all monitors of the node share, and the phases in which they stand.
 
 Owns the limit on connections, and who awaits a greeting; brings together directory,
-log, loop, journal and descriptor store. Knows nothing of guests and verdicts.
+log, loop, journal, shutdown files and descriptor store.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from kvmd_journal import Journal
 from kvmd_log import Log
 from kvmd_loop import NEVER, Loop
+from kvmd_shutdown_file import ShutdownFiles
 from kvmd_socket import listening_names
 from kvmd_systemd import DescriptorStore
 
@@ -36,8 +37,8 @@ RESERVED_DESCRIPTORS = 12
 LISTENING_LIFETIME = 1.0
 
 
-class Phase(enum.Enum):
-    """Where a monitor stands."""
+class Phase(str, enum.Enum):
+    """Where a monitor stands, as the journal and the status have it."""
 
     #: Trying to connect, again and again.
     CONNECTING = "connecting"
@@ -72,8 +73,7 @@ class MonitorContext:
         self.loop = loop
         self.store = store
         self.journal: Journal
-        #: Monitors whose connection is left alone for a while.
-        self.paused: set[Monitor] = set()
+        self.files = ShutdownFiles(control_dir, log)
         self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
         #: The names that were listened on, until they are to be read again.
         self._listening: set[str] = set()
@@ -87,7 +87,7 @@ class MonitorContext:
 
         Raises OSError: EMFILE if none is; else see unix(7).
         """
-        if self.loop.registered + len(self.paused) >= self._connection_limit:
+        if self.loop.registered >= self._connection_limit:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
         connected = socket.socket(socket.AF_UNIX, kind)

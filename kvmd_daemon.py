@@ -23,6 +23,7 @@ from kvmd_journal import Contents, Journal
 from kvmd_loop import NEVER, Signals, limited_stalls
 from kvmd_monitor import Monitor, describe
 from kvmd_restart import Restart
+from kvmd_shutdown_file import LastVerdict
 from kvmd_systemd import RETRY_INTERVAL, Notifier
 from kvmd_version import VERSION
 
@@ -93,6 +94,7 @@ class Daemon:
                 self._context.store.close(connected)
             self._journal.begin()
             self._instances.rescan()
+            self._instances.check_some()
         if self._instances.is_waiting_for_directory:
             self._log.info(
                 f"waiting for {self._context.control_dir}: no such directory yet"
@@ -104,8 +106,8 @@ class Daemon:
         for instance, record in earlier.records.items():
             connected = sockets.pop(record.get("connection"), None)
             try:
-                last = record["last"]
-                if record["phase"] == Phase.GONE.value and last["file"] is not None:
+                last = LastVerdict.restore(record.get("last"))
+                if record["phase"] == Phase.GONE and last and last.file is not None:
                     self._journal.gone[instance] = record
                 elif not self._instances.restore(record, connected):
                     continue
@@ -136,8 +138,8 @@ class Daemon:
     def finish(self) -> None:
         """Try once more what is still to be done, and say good-bye."""
         for monitor in list(self._instances.monitors.values()):
-            if monitor.file.is_pending:
-                self._instances.perform(monitor, Monitor.on_timer)
+            if monitor.is_pending:
+                self._instances.perform(monitor, Monitor.retry_file)
         deadline = time.monotonic() + LAST_ATTEMPTS
         while not self._context.store.catch_up() and time.monotonic() < deadline:
             time.sleep(RETRY_INTERVAL / 100)
@@ -202,7 +204,7 @@ class Daemon:
         return min(
             self._loop.next_timer(),
             self._context.next_overdue(),
-            self._instances.next_rescan,
+            self._instances.deadline(),
             self._notifier.next_message(),
             NEVER if self._context.store.is_idle else now + RETRY_INTERVAL,
             now if self._unreported else NEVER,
@@ -220,6 +222,7 @@ class Daemon:
             self._instances.rescan()
             self._journal.check()
             self._log.retry()
+        self._instances.check_some()
 
     def _tell_systemd(self) -> None:
         self._context.store.catch_up()

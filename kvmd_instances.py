@@ -17,7 +17,7 @@ from kvmd_context import MonitorContext, Phase
 from kvmd_inotify import DirectoryWatch, Fact
 from kvmd_loop import NEVER
 from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor
-from kvmd_shutdown_file import restore_judgement
+from kvmd_shutdown_file import LastVerdict
 from kvmd_socket import (
     LONGEST_SOCKET_PATH,
     listening_names,
@@ -41,6 +41,9 @@ SETTLING_TIME = 1.0
 SETTLING_INTERVAL = 0.1
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
+#: Instances that one turn looks at, when all are looked at: each may take a new
+#: connection, which takes up to a tenth of a millisecond.
+CHECKS_PER_TURN = 64
 #: Reads of an old connection before a new process takes its instance's name.
 LAST_READS = 64
 
@@ -62,6 +65,8 @@ class Instances:
         """Begin with none; rescan_interval is in seconds, 0 for never."""
         self.monitors: dict[str, Monitor] = {}
         self.next_rescan = NEVER
+        #: Instances that a reconciliation has still to look at.
+        self._unchecked: list[str] = []
         self._context = context
         self._directory = context.control_dir
         self._log = context.log
@@ -79,6 +84,10 @@ class Instances:
     def is_waiting_for_directory(self) -> bool:
         """Whether the control directory is watched for, and not there yet."""
         return self._watch is not None and self._watch.target is None
+
+    def deadline(self) -> float:
+        """Return when `rescan` or `check_some` is to be called at the latest."""
+        return time.monotonic() if self._unchecked else self.next_rescan
 
     def records(self) -> Iterable[dict[str, Any]]:
         """Return the records of all instances."""
@@ -115,11 +124,10 @@ class Instances:
         old = self.monitors.pop(instance, None)
         if old is not None:
             self._end(old)
-            monitor.file.judgement = old.file.judgement
-            monitor.file.give_up()
+            monitor.inherit(old.last)
         gone = self._context.journal.gone.pop(instance, None)
         if old is None and gone is not None:
-            monitor.file.judgement = restore_judgement(gone["last"])
+            monitor.inherit(LastVerdict.restore(gone["last"]))
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)
 
@@ -132,7 +140,7 @@ class Instances:
     def _finish(self, monitor: Monitor) -> None:
         """Read what is left on a connection before another takes its place."""
         for _ in range(LAST_READS):
-            if not monitor.receive() or monitor in self._context.paused:
+            if not monitor.receive():
                 break
         monitor.on_removed()
 
@@ -149,6 +157,8 @@ class Instances:
             return
         suffix = self._best_suffix(instance)
         if suffix is None:
+            if monitor is not None:
+                self.perform(monitor, Monitor.on_removed)
             return
         is_known = monitor is not None and monitor.suffix == suffix
         if monitor is not None and is_known and not self._is_replaced(monitor):
@@ -338,7 +348,7 @@ class Instances:
         return look
 
     def _reconcile(self) -> None:
-        """Bring the monitors in line with what is in the directory."""
+        """Have the monitors brought in line with what is in the directory."""
         try:
             instances = self._list_instances()
         except OSError as error:
@@ -349,13 +359,16 @@ class Instances:
             )
             return
         self._log.end_trouble(UNREADABLE)
-        for monitor in list(self.monitors.values()):
-            if monitor.phase is Phase.DEAD:
+        self._unchecked = [*(instances | self.monitors.keys())]
+
+    def check_some(self) -> None:
+        """Bring some more monitors in line with what is in the directory."""
+        for instance in self._unchecked[-CHECKS_PER_TURN:]:
+            monitor = self.monitors.get(instance)
+            if monitor is not None and monitor.phase is Phase.DEAD:
                 self.perform(monitor, Monitor.connect)
-            elif monitor.instance not in instances:
-                self.perform(monitor, Monitor.on_removed)
-        for instance in instances:
             self._look_for(instance)
+        del self._unchecked[-CHECKS_PER_TURN:]
 
     def _list_instances(self) -> set[str]:
         """Return the instances that the directory's names tell of. Raises OSError."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from kvmd_file import open_regular_file
 from kvmd_version import DAEMON_NAME
 
-Sink = Callable[[str, str], None]
+Sink = Callable[[str], None]
 
 SYSLOG_SOCKET = "/dev/log"
 #: Level -> priority, of the facility LOG_DAEMON (syslog(3)).
@@ -69,13 +69,13 @@ class Log:
     #: Lines about one instance within PERIOD seconds, not counting debug messages.
     LINES_PER_PERIOD = 60
     PERIOD = 60.0
-    #: Characters that may be queued: the verdicts on some thousand guests at once.
+    #: Bytes that may be queued: the verdicts on some thousand guests at once.
     QUEUE_LIMIT = 1 << 20
 
     def __init__(
         self, path: str | None, sinks: list[Sink], fallbacks: Sequence[Sink] = ()
     ) -> None:
-        """Log to a file, if there is a path, and to sinks: calls with level, line."""
+        """Log to a file, if there is a path, and to sinks: calls with a line."""
         self.path = path
         self.debugging = False
         self.sinks = sinks
@@ -85,9 +85,9 @@ class Log:
         self._overdue = False
         #: The last line in the file lacks its end.
         self._torn = False
-        #: (time.time(), level, message) of each line that is not written yet.
-        self._queue: list[tuple[float, str, str]] = []
-        self._queued = 0
+        #: The lines that are not written yet. In one piece, for of many small ones the
+        #: allocator would not give back the room.
+        self._queue = bytearray()
         #: The second (of time.time()) of the last line, and how it is written.
         self._second, self._date = -1, ""
         self._troubles: set[str] = set()
@@ -210,29 +210,35 @@ class Log:
         self._end_of_period = time.monotonic() + self.PERIOD
 
     def _put(self, level: str, message: str) -> None:
-        self._queue.append((time.time(), level, message))
-        self._queued += len(message)
-        if self._queued > self.QUEUE_LIMIT:
+        now = time.time()
+        if int(now) != self._second:
+            self._second = int(now)
+            self._date = time.strftime("%F %T", time.localtime(now))
+        line = (
+            f"{self._date},{int(now % 1 * 1000):03d}: {DAEMON_NAME}"
+            f" pid={os.getpid()} {level} {printable(message)}\n"
+        )
+        self._queue += line.encode()
+        if len(self._queue) > self.QUEUE_LIMIT:
             self.flush()
 
     def flush(self) -> None:
         """Write all that is queued, in one go. Never raises."""
         with contextlib.suppress(Exception):  # what can't be logged can't be told
             while self._queue:  # of a trouble with the file, a line tells at once
-                lines = self._take_queue()
+                lines, self._queue = self._queue, bytearray()
                 sinks = [*self.sinks]
                 if self.path is not None and not self._append(lines):
                     sinks += self._fallbacks
-                for sink in sinks:
-                    for level, line in lines:
-                        sink(level, line)
+                for line in lines.decode().splitlines() if sinks else []:
+                    for sink in sinks:
+                        sink(line)
 
-    def _append(self, lines: list[tuple[str, str]]) -> bool:
+    def _append(self, lines: bytearray) -> bool:
         """Write lines to the file; tell whether it has them all."""
         if self._fd is None:
             return False
-        text = "\n".join([line for _, line in lines])
-        data = b"\n" * self._torn + text.encode() + b"\n"
+        data = b"\n" * self._torn + bytes(lines)
         try:
             while data:
                 written = os.write(self._fd, data)
@@ -243,22 +249,6 @@ class Log:
             return False
         self.end_trouble(UNWRITABLE)
         return True
-
-    def _take_queue(self) -> list[tuple[str, str]]:
-        """Return level and text of each queued line; none is queued any more."""
-        queue, self._queue, self._queued = self._queue, [], 0
-        lines = []
-        for moment, level, message in queue:
-            if int(moment) != self._second:
-                self._second = int(moment)
-                date = time.localtime(self._second)
-                self._date = time.strftime("%Y-%m-%d %H:%M:%S", date)
-            line = (
-                f"{self._date},{int(moment % 1 * 1000):03d}: {DAEMON_NAME}"
-                f" pid={os.getpid()} {level} {printable(message)}"
-            )
-            lines.append((level, line))
-        return lines
 
 
 def write_to_stderr(line: str) -> None:
@@ -280,7 +270,7 @@ def write_to_stdout(text: str) -> None:
         sys.exit(f"{DAEMON_NAME}: cannot write to stdout: {error.strerror}")
 
 
-def stderr_sink(level: str, line: str) -> None:
+def stderr_sink(line: str) -> None:
     """Write a log line to stderr, cut to what never blocks; not at all if it would."""
     poll = select.poll()
     poll.register(2, select.POLLOUT)
@@ -288,15 +278,15 @@ def stderr_sink(level: str, line: str) -> None:
         write_to_stderr(line[: select.PIPE_BUF // 4 - 1])  # up to 4 bytes a character
 
 
-def syslog_sink(level: str, line: str) -> None:
+def syslog_sink(line: str) -> None:
     """Send a log line to syslog, unless it is a debug message.
 
     It sends what syslog(3) does, but that waits as long as a syslogd is stuck.
     """
+    *_, level, message = line.split(" ", 5)
     if level not in SYSLOG_PRIORITIES:
         return
     date = time.strftime("%b %e %T")
-    message = line.split(f" {level} ", 1)[1]
     header = f"<{SYSLOG_PRIORITIES[level]}>{date} {DAEMON_NAME}[{os.getpid()}]"
     kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sender:

@@ -1,11 +1,13 @@
 """The loop's parts: the selector, the timers, and the limit on what one turn waits.
 
-Owns the selector and the timers, and returns the handlers that are ready. What they do,
-and in which order, the daemon decides. All times are time.monotonic()'s seconds.
+Owns the selector, the timers and the pauses, and returns the handlers that are ready.
+What they do, and in which order, the daemon decides. All times are
+time.monotonic()'s seconds.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import heapq
 import itertools
@@ -36,6 +38,8 @@ NEVER = float("inf")
 LONGEST_WAIT = 86400.0
 #: Waits shorter than this, in seconds, are slept: the selector rounds up to 1 ms.
 SHORTEST_SELECT = 0.0005
+#: Files that one turn waits for again, of those whose pause is over.
+RESUMED_PER_TURN = 16
 #: Seconds after which the kernel is not to keep a turn waiting any more.
 STALL_LIMIT = 0.02
 
@@ -45,13 +49,15 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        #: When a pause ends, of what, and its handler: in that order.
+        self._paused: list[tuple[float, int, Readable, object]] = []
         self._timers: list[tuple[float, int, Timed]] = []
         self._sequence = itertools.count()
 
     @property
     def registered(self) -> int:
-        """The number of descriptors that are waited for."""
-        return len(self._selector.get_map())
+        """The number of descriptors that are waited for, now or after a pause."""
+        return len(self._selector.get_map()) + len(self._paused)
 
     def register(self, file: Readable, handler: object) -> None:
         """Have a handler returned by `wait` whenever there is something to read."""
@@ -61,6 +67,24 @@ class Loop:
         """Stop waiting for a file; it is not registered if epoll_ctl(2) had no room."""
         if file in self._selector.get_map():
             self._selector.unregister(file)
+        else:
+            self._paused = [one for one in self._paused if one[2] is not file]
+
+    def pause(self, file: Readable, seconds: float) -> None:
+        """Don't wait for a file for so many seconds, unless that is so already."""
+        if file in self._selector.get_map():
+            handler = self._selector.unregister(file).data
+            end = time.monotonic() + seconds
+            bisect.insort(self._paused, (end, next(self._sequence), file, handler))
+
+    def _resume(self) -> None:
+        """Wait again for some of those whose pause is over, not for all at once."""
+        now = time.monotonic()
+        for _ in range(RESUMED_PER_TURN):
+            if not self._paused or self._paused[0][0] > now:
+                break
+            _, _, file, handler = self._paused.pop(0)
+            self.register(file, handler)
 
     def set_timer(self, owner: Timed, seconds: float) -> None:
         """Have the owner returned by `expired` in so many seconds, and not before."""
@@ -83,6 +107,9 @@ class Loop:
 
     def wait(self, deadline: float) -> list[Any]:
         """Wait for something to read, until then at most; return the handlers."""
+        self._resume()
+        if self._paused:
+            deadline = min(deadline, self._paused[0][0])
         seconds = min(deadline - time.monotonic(), LONGEST_WAIT)
         if 0 < seconds < SHORTEST_SELECT:
             time.sleep(seconds)

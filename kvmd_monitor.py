@@ -1,31 +1,34 @@
 """The monitor of one instance: connect, listen, judge, write the shutdown file.
 
-Owns the instance's connection, its phase and retries, and what is known of its guest;
-has `kvmd_shutdown_file` make and remove the shutdown file. Whatever changes is in the
+Owns the instance's connection, its phase and retries, what is known of its guest, and
+the last verdict, which `kvmd_shutdown_file` carries out. Whatever changes is in the
 journal before it is taken out of the socket, and the shutdown file is made before that:
 a daemon that is killed leaves either the event in the socket or its effect in the
 journal. Knows nothing of other instances; what all share is in `kvmd_context`.
 
-A record in the journal has the members
+A record in the journal has these members; one that there is nothing to say of is left
+out:
 
     instance, suffix   the name of the monitor socket
     socket             a hash of its identity (`kvmd_socket`)
     phase              a value of `Phase`
     since              when the phase began, or for `not greeted` the wait for the
                        greeting (CLOCK_MONOTONIC, seconds)
-    connection         the inode number of the daemon's end, null if there is none
-    qemu, pid          QEMU's version and process, null if not known
     guest              the guest's state (`kvmd_verdict.Guest`)
-    protocol           the connection's (`kvmd_qmp.Protocol`), null if there is none
+    last               the last verdict (`kvmd_shutdown_file.LastVerdict`)
+
+and with a connection
+
+    connection         the inode number of the daemon's end
+    qemu, pid          QEMU's version, null before the greeting, and process
+    protocol           what was read (`kvmd_qmp.Protocol`)
     peeked             number and checksum of the bytes that are acted on, and may still
-                       be in the socket, null if there are none
-    last               the last verdict: verdict, cause, event (QEMU's time stamp or
-                       null), time (seconds since the epoch) and file (what became of
-                       the shutdown file, null if that could not be written yet)
+                       be in the socket
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -34,7 +37,7 @@ import time
 from kvmd_connection import HOSTILE_PAUSE, Connection
 from kvmd_context import PATIENCE, MonitorContext, Phase
 from kvmd_qmp import Event, Greeting, Protocol, Status
-from kvmd_shutdown_file import ShutdownFile, export_judgement, restore_judgement
+from kvmd_shutdown_file import LastVerdict
 from kvmd_socket import socket_identity, socket_status
 from kvmd_verdict import Guest, Ruling, Verdict
 
@@ -76,10 +79,10 @@ class Monitor:
         "_version",
         "connection",
         "due",
-        "file",
         "guest",
         "identity",
         "instance",
+        "last",
         "phase",
         "since",
         "suffix",
@@ -95,7 +98,8 @@ class Monitor:
         #: The socket it is about, None as long as there is none.
         self.identity: int | None = None
         self.guest = Guest()
-        self.file = ShutdownFile(context.control_dir, instance, context.log)
+        #: The last verdict, None if there was none.
+        self.last: LastVerdict | None = None
         self.connection: Connection | None = None
         self._context = context
         self._delay = LISTEN_DELAY
@@ -112,15 +116,29 @@ class Monitor:
 
     def is_idle(self) -> bool:
         """Tell whether nothing is lost when the monitor is dropped."""
-        return self.connection is None and not self.file.is_pending
+        return self.connection is None and not self.is_pending
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the shutdown file is still to be brought in line with the verdict."""
+        return self.last is not None and self.last.file is None
+
+    def inherit(self, last: LastVerdict | None) -> None:
+        """Take over the last verdict on the instance, which was on another QEMU.
+
+        What could not be carried out is not to be carried out any more.
+        """
+        self.last = None if last is not None and last.file is None else last
 
     def is_of_socket(self) -> bool:
         """Tell whether the socket that it is about still stands at the path.
 
         Whatever else may have been done to the file, it is the same QEMU's.
         """
+        if self.identity is None:
+            return False
         status = socket_status(self.path)
-        if status is None or self.identity is None:
+        if status is None:
             return False
         if status != self._status:
             if hash(socket_identity(self.path)) != self.identity:
@@ -155,24 +173,23 @@ class Monitor:
     def _begin_anew(self, identity: int) -> None:
         """Take note of a new QEMU, of which nothing is known yet."""
         self._judge_unobserved_end()
-        self.file.give_up()
+        self.inherit(self.last)
         self.identity = identity
         self.guest = Guest()
         self._delay = LISTEN_DELAY
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
     def _negotiate(self) -> None:
-        """Negotiate on a connection that was not greeted yet.
-
-        It is kept, and known to be kept, before QEMU has anything to tell on it.
-        """
+        """Negotiate on a connection that was not greeted yet."""
         if self.phase is not Phase.SILENT:  # else the warning was logged already
             self._enter(Phase.AWAITING_GREETING)
             self._context.expect_greeting(self)
         self._is_saved = False
-        self._save()
+        if self._context.store.is_enabled:
+            self._save()  # it is kept, and known to be, before QEMU tells anything
         assert self.connection is not None
         self.connection.negotiate()
+        self._save()
 
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
@@ -214,13 +231,16 @@ class Monitor:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
             self.connect()
-        elif self.connection is not None and self in self._context.paused:
-            self._context.paused.remove(self)
-            self._context.loop.register(self.connection, self)
-        if self.file.is_pending:
-            self.file.write()
-            self._follow_file()
-            self._save()
+        if self.is_pending:
+            self.retry_file()
+
+    def retry_file(self) -> None:
+        """Try again to bring the shutdown file in line with the verdict."""
+        assert self.last is not None
+        with contextlib.suppress(OSError):  # it was told of at the first time
+            self.last = self._context.files.write(self.instance, self.last)
+        self._follow_file()
+        self._save()
 
     def on_overdue(self) -> None:
         """Take note that there was no greeting in time."""
@@ -249,11 +269,10 @@ class Monitor:
     def _let_go(self, connection: Connection | None) -> None:
         if connection is not None:
             self._context.loop.unregister(connection)
-            self._context.paused.discard(self)
             self._context.store.close(connection.socket)
 
     def receive(self) -> bool:
-        """Read once, and act on it; tell whether there was anything to read."""
+        """Read once, and act on it; tell whether there may be more to read now."""
         connection = self.connection
         received = connection.read() if connection else None
         if connection is None or received is None:
@@ -265,7 +284,7 @@ class Monitor:
             self._end()
         was_saved = not self._is_saved
         self._save()
-        connection.take()
+        connection.consume()
         pause = connection.charge(data, size, was_saved)
         if with_descriptors:
             pause = HOSTILE_PAUSE
@@ -275,10 +294,8 @@ class Monitor:
                 self.instance,
             )
         if pause and data:
-            self._context.loop.unregister(connection)
-            self._context.paused.add(self)
-            self._context.loop.set_timer(self, pause)
-        return bool(data)
+            self._context.loop.pause(connection, pause)
+        return bool(data) and not pause
 
     def _take(self, data: bytes, connection: Connection) -> None:
         """Act on what was read.
@@ -298,8 +315,7 @@ class Monitor:
             ruling = self._take_message(message)
             last = (ruling, getattr(message, "time", None)) if ruling else last
         if last is not None:
-            self.file.carry_out(*last)
-            self._follow_file()
+            self._carry_out(*last)
         if self.guest.state() != guest:
             self._is_saved = False
         if connection.export_kept() != kept:
@@ -333,8 +349,7 @@ class Monitor:
         """
         ruling = self.guest.on_end() if self.phase is Phase.CONNECTED else None
         if ruling is not None:
-            self.file.carry_out(ruling, None)
-            self._follow_file()
+            self._carry_out(ruling, None)
         lasted = time.monotonic() - self.since
         connection, self.connection = self.connection, None
         if socket_status(self.path) is None:
@@ -382,19 +397,25 @@ class Monitor:
             return  # it goes on: somebody has removed the name
         verdict = Verdict.NOT_USER
         text = "nobody can know whose doing it was, so it counts as a crash"
-        if os.path.exists(self.file.path) and not self.file.is_pending:
+        path = self._context.files.path(self.instance)
+        if os.path.exists(path) and not self.is_pending:
             verdict = Verdict.USER
             text = "its shutdown file was made, and counts"
         self._context.log.info(
             f"went down while it was not monitored; {text}", self.instance
         )
-        self.file.carry_out(Ruling(verdict, "unobserved"), None)
+        self._carry_out(Ruling(verdict, "unobserved"), None)
+
+    def _carry_out(self, ruling: Ruling, event: float | None) -> None:
+        """Bring the shutdown file in line with a verdict, now or later."""
+        last = self._context.files.carry_out(self.instance, ruling, event)
+        self.last = last or self.last
         self._follow_file()
 
     def _follow_file(self) -> None:
         """Take note of what became of the shutdown file."""
         self._is_saved = False
-        if self.file.is_pending:
+        if self.is_pending:
             self._context.loop.set_timer(self, FILE_RETRY)
 
     # The record.
@@ -410,21 +431,19 @@ class Monitor:
 
     def record(self) -> dict[str, Any]:
         """Return what the next program, or `--status`, has to know of the instance."""
-        connection = self.connection
-        return {
+        record: dict[str, Any] = {
             "instance": self.instance,
             "suffix": self.suffix,
             "socket": self.identity,
-            "phase": self.phase.value,
+            "phase": self.phase,
             "since": self.since,
-            "connection": connection and connection.inode,
-            "qemu": self._version,
-            "pid": connection and connection.peer_pid,
             "guest": self.guest.export(),
-            "protocol": connection and connection.protocol.export(),
-            "peeked": connection and connection.export_peeked(),
-            "last": export_judgement(self.file.judgement),
         }
+        if self.connection is not None:
+            record.update(self.connection.export(), qemu=self._version)
+        if self.last is not None:
+            record["last"] = self.last._asdict()
+        return record
 
     @classmethod
     def restore(
@@ -441,14 +460,14 @@ class Monitor:
         monitor = cls(record["instance"], record["suffix"], context)
         monitor.identity = record["socket"]
         monitor.guest = Guest.restore(record["guest"])
-        monitor.file.judgement = restore_judgement(record["last"])
+        monitor.last = LastVerdict.restore(record.get("last"))
         phase, since = Phase(record["phase"]), float(record["since"])
         if connected is not None:
             protocol = Protocol.restore(record["protocol"])
             monitor.phase, monitor.since = phase, since
             monitor._version = record["qemu"]
             connection = Connection(connected, protocol, context.store.is_enabled)
-            connection.take_peeked(record["peeked"])
+            connection.consume_peeked(record.get("peeked"))
             context.store.store(connected)
             monitor.connection = connection
             context.loop.register(connection, monitor)
@@ -456,23 +475,23 @@ class Monitor:
                 monitor._negotiate()
         elif phase is Phase.ENDED:
             monitor.phase = phase
-        if connected is None or monitor.file.is_pending:
+        if connected is None or monitor.is_pending:
             context.loop.set_timer(monitor, FIRST_DELAY)
         return monitor
 
 
 def describe(record: dict[str, Any]) -> str:
     """Return a record's line in the status that SIGUSR1 has logged."""
-    words = [record["phase"]]
-    if record["connection"]:
+    words = [record["phase"].value]
+    if "connection" in record:
         began = time.time() - (time.monotonic() - record["since"])
         when = time.strftime("%F %T", time.localtime(began))
         words = [
-            f"{record['phase']} since {when}",
+            f"{words[0]} since {when}",
             f"QEMU {record['qemu'] or 'unknown'} pid {record['pid']}",
         ]
-    if record["guest"]["powerdown_requested"]:
+    if "powerdown_requested" in record["guest"]:
         words.append("powerdown requested")
-    if record["guest"]["ruling"]:
-        words.append("verdict={} cause={}".format(*record["guest"]["ruling"]))
+    if "ruling" in record["guest"]:
+        words.append(str(record["guest"]["ruling"]))
     return f"{record['instance']}{record['suffix']}: {', '.join(words)}"

@@ -141,7 +141,7 @@ class Protocol:
     """The client side of one QMP connection: bytes in, messages out.
 
     `read_size` is how many bytes the next read should ask for. `complaint` says what
-    was skipped first.
+    was skipped first, "" if nothing was.
     """
 
     __slots__ = (
@@ -162,7 +162,7 @@ class Protocol:
         #: The line that comes in is longer than that: it is skipped to its end.
         self._overlong = False
         self.read_size = CAREFUL_READ_SIZE
-        self.complaint: str | None = None
+        self.complaint = ""
 
     def receive(self, data: bytes) -> list[Greeting | Status | Event]:
         """Take what was read, b"" at the end of the connection; return the messages."""
@@ -180,7 +180,7 @@ class Protocol:
         self._keep(data[end:])
         # The first bad line is looked for. Of the others only events can matter.
         suspect = lines[:1] != b"{" or len(lines) > LINE_LIMIT
-        only_events = only_events and not (suspect and self.complaint is None)
+        only_events = only_events and not (suspect and not self.complaint)
         if only_events and not EVENT_OF_INTEREST.search(lines):
             self.read_size = READ_SIZE
             return []
@@ -198,15 +198,16 @@ class Protocol:
         return len(self._unfinished)
 
     def export(self) -> dict[str, object]:
-        """Return what is known of the connection, as JSON can hold it."""
-        return {
+        """Return what differs from a new connection, as JSON can hold it."""
+        members = {
             "greeted": self._greeted,
             "answered": self._answered,
             # JSON needs six characters for a byte that is no text.
             "unfinished": b2a_base64(self._unfinished, newline=False).decode(),
             "overlong": self._overlong,
-            "complaint": self.complaint or "",
+            "complaint": self.complaint,
         }
+        return {name: value for name, value in members.items() if value}
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Protocol:
@@ -223,8 +224,8 @@ class Protocol:
         protocol._greeted = members["greeted"]
         protocol._answered = members["answered"]
         protocol._overlong = members["overlong"]
+        protocol.complaint = members["complaint"]
         protocol._keep(a2b_base64(members["unfinished"]))
-        protocol.complaint = members["complaint"] or protocol.complaint
         return protocol
 
     def _keep(self, data: bytes) -> None:

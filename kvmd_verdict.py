@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class Verdict(enum.Enum):
-    """What there is to be said of a guest. Only USER makes a shutdown file."""
+class Verdict(str, enum.Enum):
+    """What there is to be said of a guest. Only USER makes a shutdown file.
+
+    A string, so that JSON can hold it.
+    """
 
     USER = "user"
     NOT_USER = "not-user"
@@ -47,13 +50,9 @@ class Ruling(collections.namedtuple("Ruling", "verdict cause")):
         """Return it as log lines have it."""
         return f"verdict={self.verdict.value} cause={self.cause}"
 
-    def export(self) -> list[str]:
-        """Return it as JSON can hold it."""
-        return [self.verdict.value, self.cause]
-
     @classmethod
     def restore(cls, record: object) -> Ruling:
-        """Return what was exported. Raises ValueError for anything else."""
+        """Return what JSON has of it. Raises ValueError for anything else."""
         if isinstance(record, list) and len(record) == 2 and isinstance(record[1], str):
             return cls(Verdict(record[0]), record[1])
         raise ValueError("not a verdict and its cause")
@@ -207,10 +206,9 @@ class Guest:
         return STATE(self)
 
     def export(self) -> dict[str, object]:
-        """Return the state as JSON can hold it."""
-        record = dict(zip(TYPES, self.state()))
-        record["ruling"] = self.ruling and self.ruling.export()
-        return record
+        """Return what differs from a new guest's state, as JSON can hold it."""
+        members = zip(TYPES, self.state(), INITIAL_STATE)
+        return {name: value for name, value, initial in members if value != initial}
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> Guest:
@@ -249,6 +247,9 @@ class Guest:
         if time is None or self.powerdown_time is None:
             return False
         return time - self.powerdown_time > POWERDOWN_LIFETIME
+
+
+INITIAL_STATE = Guest().state()
 
 
 def cause_of_shutdown(data: object) -> str:

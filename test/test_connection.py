@@ -70,21 +70,21 @@ def peeked_line() -> Iterator[Line]:
 def test_what_is_read_is_taken_where_nobody_keeps_the_connection(line: Line) -> None:
     assert line.hear(RESET) == RESET
     assert line.unread() == b""
-    assert line.connection.export_peeked() is None
+    assert line.connection.export().get("peeked") is None
     assert line.connection.export_kept() is None
 
 
 def test_what_is_looked_at_stays_until_it_is_taken(peeked_line: Line) -> None:
     assert peeked_line.hear(RESET) == RESET
     assert peeked_line.unread() == RESET
-    peeked_line.connection.take()
+    peeked_line.connection.consume()
     assert peeked_line.unread() == b""
-    assert peeked_line.connection.export_peeked() is None
+    assert peeked_line.connection.export().get("peeked") is None
 
 
 def test_the_beginning_of_a_line_stays_in_the_socket(peeked_line: Line) -> None:
     assert peeked_line.hear(RESET + b"{") == RESET
-    peeked_line.connection.take()
+    peeked_line.connection.consume()
     assert peeked_line.unread() == b"{"
     assert peeked_line.hear(b'"') == b'{"'
 
@@ -118,25 +118,25 @@ def test_the_commands_may_find_nobody(line: Line) -> None:
 
 def test_what_an_earlier_daemon_acted_on_is_taken(peeked_line: Line) -> None:
     peeked_line.hear(RESET)
-    peeked = peeked_line.connection.export_peeked()
+    peeked = peeked_line.connection.export().get("peeked")
     successor = Connection(peeked_line.connection.socket, Protocol(), peek=True)
-    successor.take_peeked(peeked)
+    successor.consume_peeked(peeked)
     assert peeked_line.unread() == b""
 
 
 @pytest.mark.parametrize("other", [b"", RESET[:-3], RESET.replace(b"RESET", b"RESEL")])
 def test_what_nobody_acted_on_is_not_taken(peeked_line: Line, other: bytes) -> None:
     peeked_line.hear(RESET)
-    peeked = peeked_line.connection.export_peeked()
-    peeked_line.connection.take()
+    peeked = peeked_line.connection.export().get("peeked")
+    peeked_line.connection.consume()
     peeked_line.peer.send(other)
-    peeked_line.connection.take_peeked(peeked)
+    peeked_line.connection.consume_peeked(peeked)
     assert peeked_line.unread() == other
 
 
 def test_where_nothing_was_looked_at_nothing_is_taken(peeked_line: Line) -> None:
     peeked_line.peer.send(RESET)
-    peeked_line.connection.take_peeked(None)
+    peeked_line.connection.consume_peeked(None)
     assert peeked_line.unread() == RESET
 
 

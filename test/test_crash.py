@@ -92,14 +92,14 @@ def die(when, owner, name):
 is_armed = False
 """
 AROUND_THE_FILE = [
-    'die("before", kvmd_shutdown_file.ShutdownFile, "carry_out")',
-    'die("after", kvmd_shutdown_file.ShutdownFile, "carry_out")',
+    'die("before", kvmd_shutdown_file.ShutdownFiles, "carry_out")',
+    'die("after", kvmd_shutdown_file.ShutdownFiles, "carry_out")',
 ]
 BEFORE_THE_RECORD_IS_WRITTEN = ['die("before", kvmd_journal.Journal, "write")']
 SINCE_THE_RECORD_IS_WRITTEN = [
     'die("after", kvmd_journal.Journal, "write")',
-    'die("before", kvmd_connection.Connection, "take")',
-    'die("after", kvmd_connection.Connection, "take")',
+    'die("before", kvmd_connection.Connection, "consume")',
+    'die("after", kvmd_connection.Connection, "consume")',
 ]
 AROUND_THE_RECORD = BEFORE_THE_RECORD_IS_WRITTEN + SINCE_THE_RECORD_IS_WRITTEN
 AT_THE_END = [
@@ -161,7 +161,7 @@ def records(service: Daemon) -> dict[str, dict[str, Any]]:
 def is_recorded(service: Daemon, instance: str) -> bool:
     """Tell whether a daemon that starts now would know that the guest runs."""
     record = records(service).get(instance)
-    return record is not None and record["guest"]["seen_alive"]
+    return record is not None and "seen_alive" in record["guest"]
 
 
 def negotiate(qemu: FakeQemu, service: Daemon) -> None:
@@ -197,7 +197,7 @@ def known_verdicts(service: Daemon, instance: str) -> set[str]:
     """Return the verdicts on an instance in the log, or else in the journal."""
     in_log = set(verdicts(service, instance))
     record = records(service).get(instance)
-    is_judged = record is not None and record["last"] is not None
+    is_judged = record is not None and "last" in record
     return in_log or ({last_verdict(service, instance)} if is_judged else set())
 
 

@@ -144,7 +144,7 @@ class Node:
     def verdict(self, qemu: FakeQemu) -> str | None:
         """Return the last verdict that was carried out, by the journal."""
         record = self.record(qemu)
-        last = record and record["last"]
+        last = record and record.get("last")
         return f"{last['verdict']} {last['cause']}" if last and last["file"] else None
 
     def wait_for_verdict(self, qemu: FakeQemu, *allowed: str) -> None:
@@ -157,7 +157,7 @@ class Node:
         if record is None or record["phase"] != "connected":
             return False
         guest = record["guest"]
-        return guest["seen_alive"] is True and guest["ruling"] is None
+        return "seen_alive" in guest and "ruling" not in guest
 
     def wait_until_gone(self, qemu: FakeQemu) -> None:
         """Wait until the journal has an instance as gone."""

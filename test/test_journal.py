@@ -25,7 +25,7 @@ LAST = {"verdict": "user", "cause": "guest-shutdown", "file": "created"}
 
 def record_of(instance: str = INSTANCE, **members: Any) -> dict[str, Any]:
     """Return a record as the journal takes it: it looks at its first member alone."""
-    return {"instance": instance, "phase": "connected", "last": None, **members}
+    return {"instance": instance, "phase": "connected", **members}
 
 
 class Owner:
@@ -35,7 +35,7 @@ class Owner:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self.lines: list[str] = []
-        self.log = Log(None, [lambda _level, line: self.lines.append(line)])
+        self.log = Log(None, [self.lines.append])
         self.journal = Journal(
             *(str(path), "/ctrl", self.log),
             *(lambda: self.records.values(), lambda: ["connection-7"]),
@@ -124,7 +124,7 @@ def test_a_change_is_one_write_of_one_record(
 
     monkeypatch.setattr(os, "write", count)
     written.write(phase="ended")
-    written.forget("other", last=None)
+    written.forget("other")
     written.forget(INSTANCE, last=LAST)
     assert [json.loads(data) for data in writes] == [
         record_of(phase="ended"),
@@ -142,7 +142,7 @@ def test_a_verdict_is_kept_of_an_instance_that_is_gone_and_nothing_else(
     written: Owner,
 ) -> None:
     written.write("other")
-    written.forget("other", last=None)
+    written.forget("other")
     written.forget(INSTANCE, last=LAST)
     gone = {INSTANCE: record_of(phase="gone", last=LAST)}
     assert written.read() == gone
@@ -175,7 +175,7 @@ def test_written_anew_it_has_the_last_record_of_each_and_nothing_of_the_removed(
     for name in [*NAMES, "removed", "gone"]:
         written.write(name)
         expected[name] = record_of(name, phase="ended", text="x" * 100)
-    written.forget("removed", last=None)
+    written.forget("removed")
     written.forget("gone", last=LAST)
     del expected["removed"]
     expected["gone"] = record_of("gone", phase="gone", last=LAST)

@@ -153,7 +153,7 @@ def log_of_lines(lines: list[str], path: Path | None = None) -> kvmd_log.Log:
     If it has a file, these are the lines that it can't take.
     """
 
-    def append(_level: str, line: str) -> None:
+    def append(line: str) -> None:
         lines.append(said(line))
 
     if path is None:
@@ -219,7 +219,7 @@ def test_each_line_has_the_time_when_it_was_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines: list[str] = []
-    log = kvmd_log.Log(None, [lambda _level, line: lines.append(line)])
+    log = kvmd_log.Log(None, [lines.append])
     moments = [86399.25, 86400.0, 86400.5, 86399.875, 0.0]
     for moment in moments:
         monkeypatch.setattr(time, "time", lambda moment=moment: moment)
@@ -292,7 +292,7 @@ def test_a_sink_that_fails_stops_nothing() -> None:
     lines: list[str] = []
     log = log_of_lines(lines)
 
-    def fail(_level: str, _line: str) -> None:
+    def fail(_line: str) -> None:
         raise MemoryError
 
     log.sinks.append(fail)

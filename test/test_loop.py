@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import BinaryIO
 
 import pytest
 from deadline import wait_until
 
-from kvmd_loop import LONGEST_WAIT, NEVER, STALL_LIMIT, Loop, Signals, limited_stalls
+from kvmd_loop import (
+    LONGEST_WAIT,
+    NEVER,
+    RESUMED_PER_TURN,
+    STALL_LIMIT,
+    Loop,
+    Signals,
+    limited_stalls,
+)
 
 
 class Timed:
@@ -80,6 +90,45 @@ def test_what_can_be_read_ends_the_wait(loop: Loop) -> None:
         loop.unregister(file)
         loop.unregister(file)
         assert loop.registered == 0
+
+
+@pytest.fixture
+def readable() -> Iterator[Sequence[BinaryIO]]:
+    """Return files in which there is something to read."""
+    with ExitStack() as stack:
+        files = []
+        for _ in range(RESUMED_PER_TURN + 1):
+            reader, writer = os.pipe()
+            files.append(stack.enter_context(open(reader, "rb")))
+            os.write(writer, b"x")
+            os.close(writer)
+        yield files
+
+
+def test_a_file_that_pauses_is_waited_for_when_the_pause_is_over(
+    loop: Loop, readable: Sequence[BinaryIO]
+) -> None:
+    loop.register(readable[0], "first")
+    loop.register(readable[1], "second")
+    begin = time.monotonic()
+    loop.pause(readable[0], 3600)
+    loop.pause(readable[1], 0.05)
+    loop.pause(readable[1], 3600)  # it pauses already
+    assert loop.registered == 2
+    wait_until(lambda: loop.wait(NEVER) == ["second"], "the end of the pause")
+    assert time.monotonic() >= begin + 0.05
+    loop.unregister(readable[0])
+    assert loop.registered == 1
+
+
+def test_those_that_pause_do_not_all_come_back_at_once(
+    loop: Loop, readable: Sequence[BinaryIO]
+) -> None:
+    for number, file in enumerate(readable):
+        loop.register(file, number)
+        loop.pause(file, 0)
+    assert sorted(loop.wait(NEVER)) == list(range(RESUMED_PER_TURN))
+    assert RESUMED_PER_TURN in loop.wait(NEVER)
 
 
 def test_a_short_wait_ends_in_time(loop: Loop) -> None:

@@ -202,7 +202,7 @@ def lines() -> list[str]:
 @pytest.fixture
 def log(lines: list[str]) -> Log:
     """Return a log that is written to the list."""
-    return Log(None, [lambda _level, line: lines.append(line)])
+    return Log(None, [lines.append])
 
 
 def wait_for_zombies(count: int) -> None:

@@ -12,12 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmd_log import Log
-from kvmd_shutdown_file import (
-    LONGEST_DELAY,
-    ShutdownFile,
-    export_judgement,
-    restore_judgement,
-)
+from kvmd_shutdown_file import LONGEST_DELAY, LastVerdict, ShutdownFiles
 from kvmd_verdict import Ruling, Verdict
 
 USER = Ruling(Verdict.USER, "guest-shutdown")
@@ -35,13 +30,18 @@ def lines() -> list[str]:
 @pytest.fixture
 def log(lines: list[str]) -> Log:
     """Return a log that is written to the list."""
-    return Log(None, [lambda _level, line: lines.append(line.split(" ", 4)[4])])
+    return Log(None, [lambda line: lines.append(line.split(" ", 4)[4])])
 
 
 @pytest.fixture
-def file(control_dir: Path, log: Log) -> ShutdownFile:
-    """Return the shutdown file of an instance, which is not there."""
-    return ShutdownFile(str(control_dir), "web1", log)
+def files(control_dir: Path, log: Log) -> ShutdownFiles:
+    """Return the shutdown files of all instances; none is there."""
+    return ShutdownFiles(str(control_dir), log)
+
+
+def fail(*_: object) -> None:
+    """Fail as a system call does on a read-only file system."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def logged(log: Log, lines: list[str]) -> list[str]:
@@ -62,7 +62,7 @@ def logged(log: Log, lines: list[str]) -> list[str]:
     ],
 )
 def test_a_delay_that_a_clock_makes_senseless_is_unknown(
-    file: ShutdownFile,
+    files: ShutdownFiles,
     log: Log,
     lines: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -71,7 +71,7 @@ def test_a_delay_that_a_clock_makes_senseless_is_unknown(
     after: str,
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: NOW)
-    file.carry_out(USER, event)
+    files.carry_out("web1", USER, event)
     assert logged(log, lines) == [
         "INFO web1: verdict=user cause=guest-shutdown"
         f" event={when} file=created after={after}"
@@ -79,26 +79,26 @@ def test_a_delay_that_a_clock_makes_senseless_is_unknown(
 
 
 def test_only_the_verdict_user_makes_a_file(
-    file: ShutdownFile, control_dir: Path
+    files: ShutdownFiles, control_dir: Path
 ) -> None:
     path = control_dir / "web1.shutdown"
     for verdict in Verdict:
-        file.carry_out(Ruling(verdict, "x"), None)
+        files.carry_out("web1", Ruling(verdict, "x"), None)
         assert path.exists() == (verdict is Verdict.USER), verdict
 
 
-def test_a_guest_that_runs_without_a_file_is_worth_no_line_and_no_verdict(
-    file: ShutdownFile, log: Log, lines: list[str]
+def test_of_a_guest_that_runs_without_a_file_there_is_nothing_to_tell(
+    files: ShutdownFiles, log: Log, lines: list[str]
 ) -> None:
-    file.carry_out(NOT_USER, None)
-    before = file.judgement
-    file.carry_out(RUNNING, None)
-    assert file.judgement is before
-    assert len(logged(log, lines)) == 1
+    assert files.carry_out("web1", RUNNING, None) is None
+    assert logged(log, lines) == []
+    files.carry_out("web1", USER, None)
+    last = files.carry_out("web1", RUNNING, None)
+    assert last is not None and last.file == "removed"
 
 
 def test_a_file_planted_anew_each_time_is_given_up_for_a_while(
-    file: ShutdownFile,
+    files: ShutdownFiles,
     control_dir: Path,
     log: Log,
     lines: list[str],
@@ -106,49 +106,35 @@ def test_a_file_planted_anew_each_time_is_given_up_for_a_while(
 ) -> None:
     (control_dir / "web1.shutdown").symlink_to("x")
     monkeypatch.setattr(os, "unlink", lambda _path: None)
-    file.carry_out(USER, None)
-    assert file.is_pending
+    pending = files.carry_out("web1", USER, None)
+    assert pending is not None and pending.file is None
     *warnings, error = logged(log, lines)
     assert warnings and all(line.startswith("WARNING web1: ") for line in warnings)
     assert "planted again and again" in error or os.strerror(errno.EEXIST) in error
 
 
 def test_what_could_not_be_written_is_written_later_and_told_of_then(
-    file: ShutdownFile, log: Log, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    files: ShutdownFiles, log: Log, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     monkeypatch.setattr(os, "mknod", fail)
-    file.carry_out(USER, None)
-    assert file.is_pending
-    assert isinstance(file.write(), OSError)
+    pending = files.carry_out("web1", USER, None)
+    assert pending is not None and pending.file is None
+    with pytest.raises(OSError):
+        files.write("web1", pending)
     monkeypatch.undo()
-    assert file.write() is None
-    assert not file.is_pending
+    last = files.write("web1", pending)
+    assert last is not None and last.file == "created"
     error, told = logged(log, lines)
     assert re.match("ERROR web1: verdict=user .*Read-only.*trying again", error)
-    assert " file=created " in told
+    assert told == f"INFO web1: {last}"
 
 
-def test_a_verdict_on_another_qemu_is_given_up(
-    file: ShutdownFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(os, "mknod", fail)
-    file.carry_out(USER, None)
-    file.give_up()
-    assert not file.is_pending and file.judgement is None
-    assert file.write() is None
-
-
-def test_a_verdict_is_restored_as_it_was(file: ShutdownFile) -> None:
-    assert restore_judgement(export_judgement(None)) is None
-    file.carry_out(USER, 1.5)
-    record = json.loads(json.dumps(export_judgement(file.judgement)))
-    assert restore_judgement(record) == file.judgement
+def test_a_verdict_is_restored_as_it_was(files: ShutdownFiles) -> None:
+    assert LastVerdict.restore(None) is None
+    last = files.carry_out("web1", USER, 1.5)
+    assert last is not None
+    record = json.loads(json.dumps(last._asdict()))
+    assert LastVerdict.restore(record) == last
 
 
 @pytest.mark.parametrize(
@@ -156,4 +142,4 @@ def test_a_verdict_is_restored_as_it_was(file: ShutdownFile) -> None:
 )
 def test_what_is_no_verdict_is_refused(record: object) -> None:
     with pytest.raises((ValueError, TypeError, KeyError)):
-        restore_judgement(record)  # type: ignore[arg-type]
+        LastVerdict.restore(record)  # type: ignore[arg-type]

@@ -93,7 +93,8 @@ def test_a_powerdown_from_before_counts(
     negotiate(fake_qemu, daemon)
     fake_qemu.send(POWERDOWN)
     wait_until(
-        lambda: records(daemon)[INSTANCE]["guest"]["powerdown_requested"], "it is known"
+        lambda: "powerdown_requested" in records(daemon)[INSTANCE]["guest"],
+        "it is known",
     )
     interrupt(daemon)
     fake_qemu.disconnect()
@@ -235,7 +236,7 @@ def test_what_goes_down_before_it_greets_again_is_told(
 def test_a_file_that_was_made_stays_though_its_maker_did_not_live_to_say_so(
     start: Start, control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
-    moment = 'die("after", kvmd_shutdown_file.ShutdownFile, "carry_out")'
+    moment = 'die("after", kvmd_shutdown_file.ShutdownFiles, "carry_out")'
     deadly = start(f"{SUICIDE}\narm_when(b'SHUTDOWN')\n{moment}")
     negotiate(fake_qemu, deadly)
     fake_qemu.send(USER_SHUTDOWN)

@@ -401,7 +401,7 @@ def test_status_tells_how_the_guest_stands(status: str) -> None:
     verdict, at_the_end, at_shutdown = STATUSES[status]
     guest = Guest()
     assert guest.on_status(status) == (verdict and Ruling(verdict, status))
-    again = Guest.restore(guest.export())
+    again = restarted(guest)
     ruling = guest.on_end()
     assert (ruling and ruling.verdict) is at_the_end
     ruling = again.on_event(*OLDEST_SHUTDOWN, NOON)
@@ -434,6 +434,11 @@ def test_status_changes_nothing_once_the_verdict_is_given() -> None:
 # ---- From one process to the next ----------------------------------------------------
 
 
+def restarted(guest: Guest) -> Guest:
+    """Return a guest that goes on where another one stood."""
+    return Guest.restore(json.loads(json.dumps(guest.export())))
+
+
 def known_guest() -> Guest:
     """Return a guest of which each attribute differs from a new one's."""
     guest = Guest()
@@ -452,18 +457,17 @@ def test_guest_is_restored_from_json() -> None:
     record = known_guest().export()
     assert record.keys() == set(Guest.__slots__)
     assert not hasattr(Guest(), "__dict__")
-    for name, value in Guest().export().items():
-        assert record[name] != value, name
-    restored = Guest.restore(json.loads(json.dumps(record)))
+    restored = restarted(known_guest())
     assert restored.export() == record
     assert restored.ruling == known_guest().ruling
 
 
-def test_missing_member_of_a_record_is_that_of_a_new_guest() -> None:
-    for name, value in Guest().export().items():
-        record = known_guest().export()
+def test_member_that_is_as_in_a_new_guest_is_left_out() -> None:
+    assert Guest().export() == {}
+    for name in Guest.__slots__:
+        record = json.loads(json.dumps(known_guest().export()))
         del record[name]
-        assert Guest.restore(record).export() == {**record, name: value}
+        assert json.loads(json.dumps(Guest.restore(record).export())) == record
 
 
 def test_time_of_a_powerdown_without_its_request_means_nothing() -> None:
@@ -474,12 +478,11 @@ def test_time_of_a_powerdown_without_its_request_means_nothing() -> None:
 
 
 def test_unknown_member_of_a_record_is_passed_over() -> None:
-    record = known_guest().export()
-    assert Guest.restore({**record, "of-a-later-kvmd": 1}).export() == record
+    assert Guest.restore({"of-a-later-kvmd": 1}).export() == {}
 
 
 def test_unknown_watchdog_action_in_a_record_is_none() -> None:
-    record = {**Guest().export(), "watchdog_action": "of-a-later-kvmd"}
+    record = {"watchdog_action": "of-a-later-kvmd"}
     assert Guest.restore(record).watchdog_action is None
 
 
@@ -734,7 +737,7 @@ def test_every_history_of_six_events_gets_the_verdict_of_the_contract(
 
 def test_what_follows_a_verdict_does_not_depend_on_the_verdict() -> None:
     [*_, level] = levels(beginnings(), [*EVENTS, END], 3)
-    judged = {state for _, state in level if json.loads(state)["ruling"]}
+    judged = {state for _, state in level if "ruling" in json.loads(state)}
     rulings = [[verdict.value, "cause"] for verdict in Verdict]
     assert judged
     for state in judged:
@@ -744,8 +747,9 @@ def test_what_follows_a_verdict_does_not_depend_on_the_verdict() -> None:
             for letter in [*EVENTS, END]:
                 then = json.loads(successor(other, letter))
                 expected = json.loads(successor(state, letter))
-                assert {**then, "ruling": None} == {**expected, "ruling": None}
-                assert then["ruling"] == (expected["ruling"] and ruling)
+                if "ruling" in expected:
+                    expected["ruling"] = ruling
+                assert then == expected
 
 
 def test_connections_that_follow_one_another_are_one_history() -> None:
