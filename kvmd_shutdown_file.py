@@ -19,10 +19,10 @@ from kvmd_verdict import Ruling, Verdict
 #: Seconds: what is said to have taken longer, or less than none, a clock has done.
 LONGEST_DELAY = 86400.0
 
-FIELDS = "verdict cause event time file"
 
-
-class LastVerdict(collections.namedtuple("LastVerdict", FIELDS)):
+class LastVerdict(
+    collections.namedtuple("LastVerdict", "verdict cause event time file")
+):
     """A verdict and what came of it.
 
     `event` is QEMU's time stamp, `time` when the verdict was carried out, both in
