@@ -43,7 +43,7 @@ SETTLING_INTERVAL = 0.1
 POLL_INTERVAL = 1.0
 #: Instances that one turn looks at, when all are looked at: each may take a new
 #: connection, which takes up to a tenth of a millisecond.
-CHECKS_PER_TURN = 64
+CHECKS_PER_TURN = 128
 #: Reads of an old connection before a new process takes its instance's name.
 LAST_READS = 64
 

@@ -180,16 +180,19 @@ class Monitor:
         self.phase, self.since = Phase.CONNECTING, time.monotonic()
 
     def _negotiate(self) -> None:
-        """Negotiate on a connection that was not greeted yet."""
+        """Negotiate on a connection that was not greeted yet.
+
+        Where it is kept, that is known before QEMU has anything to tell on it;
+        elsewhere, it is worth no record before it is greeted.
+        """
         if self.phase is not Phase.SILENT:  # else the warning was logged already
-            self._enter(Phase.AWAITING_GREETING)
+            self.phase, self.since = Phase.AWAITING_GREETING, time.monotonic()
             self._context.expect_greeting(self)
-        self._is_saved = False
         if self._context.store.is_enabled:
-            self._save()  # it is kept, and known to be, before QEMU tells anything
+            self._is_saved = False
+        self._save()
         assert self.connection is not None
         self.connection.negotiate()
-        self._save()
 
     def _wait(self, error: OSError) -> None:
         """Wait for what it takes to connect, by the reason why that failed."""
@@ -298,17 +301,30 @@ class Monitor:
         return bool(data) and not pause
 
     def _take(self, data: bytes, connection: Connection) -> None:
-        """Act on what was read.
-
-        Only the last ruling of one read changes the file: a guest that goes down and
-        comes back all the time can't flood inotify.
-        """
+        """Act on what was read."""
         log, protocol = self._context.log, connection.protocol
         if log.debugging:
             for line in data.splitlines():
                 log.debug(f"<-- {line!r}", self.instance)
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
+        if messages:
+            self._act_on(messages)
+        if connection.export_kept() != kept:
+            self._is_saved = False
+        if protocol.complaint != complaint:
+            self._is_saved = False
+            log.warning(
+                f"skipping what QEMU should not say ({protocol.complaint})",
+                self.instance,
+            )
+
+    def _act_on(self, messages: list[Greeting | Status | Event]) -> None:
+        """Act on what QEMU says.
+
+        Only the last ruling of one read changes the file: a guest that goes down and
+        comes back all the time can't flood inotify.
+        """
         guest = self.guest.state()
         last = None
         for message in messages:
@@ -318,14 +334,6 @@ class Monitor:
             self._carry_out(*last)
         if self.guest.state() != guest:
             self._is_saved = False
-        if connection.export_kept() != kept:
-            self._is_saved = False
-        if protocol.complaint != complaint:
-            self._is_saved = False
-            log.warning(
-                f"skipping what QEMU should not say ({protocol.complaint})",
-                self.instance,
-            )
 
     def _take_message(self, message: Greeting | Status | Event) -> Ruling | None:
         if isinstance(message, Greeting):

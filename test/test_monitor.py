@@ -431,7 +431,6 @@ def steps(
     fake_qemu.listen()
     monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
-    yield monitor
     monitor.on_overdue()
     yield monitor
     fake_qemu.accept()
