@@ -82,7 +82,7 @@ def start_qemu(control_dir: Path) -> Iterator[StartQemu]:
 def context(control_dir: Path) -> Iterator[MonitorContext]:
     """Return what a monitor needs, with a log that is thrown away."""
     log, store = Log(None, []), DescriptorStore(Notifier({}))
-    context = MonitorContext(str(control_dir), log, Loop(), store, 100)
+    context = MonitorContext(str(control_dir), log, Loop(), store, 1000)
     state_file = control_dir.parent / "kvmd.state"
     context.journal = Journal(
         str(state_file), str(control_dir), log, lambda: [], lambda: []

@@ -20,7 +20,7 @@ from kvmd_context import PATIENCE, RESERVED_DESCRIPTORS, MonitorContext, Phase
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
-from kvmd_monitor import LISTEN_DELAY, Monitor
+from kvmd_monitor import FILE_RETRY, LISTEN_DELAY, Monitor
 from kvmd_shutdown_file import LastVerdict, ShutdownFiles
 from kvmd_systemd import DescriptorStore, Notifier
 from kvmd_verdict import Ruling
@@ -41,6 +41,11 @@ def read_all(monitor: Monitor, context: MonitorContext) -> None:
     """Read as often as the loop would have it read."""
     while ready(context):
         monitor.receive()
+
+
+def read_only(*_: object) -> None:
+    """Fail as a system call does on a read-only file system."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -319,16 +324,13 @@ def test_the_last_ruling_of_one_read_stands_for_all(
 def test_a_pending_file_makes_no_peer_look_silent(
     context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EROFS, "patched")
-
     fake_qemu.listen()
     monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     fake_qemu.negotiate()
     while monitor.phase is not Phase.CONNECTED:
         monitor.receive()
-    monkeypatch.setattr(os, "unlink", fail)
+    monkeypatch.setattr(os, "unlink", read_only)
     fake_qemu.disconnect()
     while monitor.receive():
         pass
@@ -384,6 +386,25 @@ def test_a_long_line_counts_as_parsed_from_its_start(
     assert not ready(context)
 
 
+def test_a_peer_that_is_left_alone_has_its_shutdown_file_all_the_same(
+    context: MonitorContext,
+    monitor: Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "mknod", read_only)
+        fake_qemu.send_descriptor(USER_SHUTDOWN, 0)
+        monitor.receive()
+    assert not fake_qemu.shutdown_file.exists()
+    pass_time(monkeypatch, FILE_RETRY)
+    assert list(context.loop.expired()) == [monitor]
+    monitor.on_timer()
+    assert fake_qemu.shutdown_file.exists()
+    fake_qemu.send(UNINTERESTING)
+    assert not ready(context)
+
+
 def test_of_a_closed_connection_nothing_is_kept(
     context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
 ) -> None:
@@ -424,10 +445,6 @@ def steps(
     context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Monitor]:
     """Take a monitor through all that may change what is to be known of it."""
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.EROFS, "patched")
-
     fake_qemu.listen()
     monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
@@ -435,7 +452,7 @@ def steps(
     yield monitor
     fake_qemu.accept()
     fake_qemu.greet()
-    monkeypatch.setattr(os, "mknod", fail)
+    monkeypatch.setattr(os, "mknod", read_only)
     for word in (
         *(UNINTERESTING, b"{}\r\n"),
         b'{"id": "kvmd-status", "return": {"status": "running"}}\r\n',
@@ -485,6 +502,27 @@ def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
     with connected, pytest.raises(ValueError):
         Monitor.restore(record, connected, context)
     assert context.loop.registered == 0
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_connection_that_is_not_greeted_is_recorded_where_it_is_kept(
+    context: MonitorContext, fake_qemu: FakeQemu, is_kept: bool
+) -> None:
+    notify_socket = str(fake_qemu.path.with_name("notify"))
+    notifier = Notifier({"NOTIFY_SOCKET": notify_socket} if is_kept else {})
+    context.store = DescriptorStore(notifier)
+    fake_qemu.listen()
+    monitor = Monitor(INSTANCE, ".kvmd", context)
+    monitor.connect()
+    records = read_journal(context.journal.path).records
+    assert [one["phase"] for one in records.values()] == ["awaiting greeting"] * is_kept
+    fake_qemu.accept()
+    fake_qemu.greet()
+    monitor.receive()
+    records = read_journal(context.journal.path).records
+    assert records[INSTANCE]["phase"] == "connected"
+    monitor.close()
+    notifier.close()
 
 
 def test_a_socket_without_a_connection_so_far_is_worth_no_record(

@@ -1,0 +1,97 @@
+"""The set of monitors, against a control directory, without the daemon."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvmd_context import MonitorContext
+from kvmd_instances import CHECKS_PER_TURN, Instances
+from kvmd_loop import NEVER
+from kvmd_monitor import Monitor
+
+
+@pytest.fixture
+def instances(context: MonitorContext) -> Iterator[Instances]:
+    """Return an empty set, with which nothing is compared by itself."""
+    instances = Instances(context, (".kvmd",), 0)
+    yield instances
+    for monitor in instances.monitors.values():
+        monitor.close()
+
+
+@pytest.fixture
+def names(control_dir: Path) -> Iterator[list[str]]:
+    """Return instances whose sockets are listened on: more than a turn looks at."""
+    names = [f"web{number}" for number in range(CHECKS_PER_TURN + 1)]
+    with ExitStack() as stack:
+        for name in names:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(control_dir / f"{name}.kvmd"))
+            listener.listen(1)
+        yield names
+
+
+def check_all(instances: Instances) -> None:
+    """Look at all instances, in as many turns as that takes."""
+    instances.rescan()
+    while instances.deadline() < NEVER:
+        instances.check_some()
+
+
+def test_a_turn_looks_at_some_of_many_instances_and_the_next_one_follows_at_once(
+    instances: Instances, names: list[str]
+) -> None:
+    instances.rescan()
+    assert instances.deadline() < NEVER
+    assert instances.monitors == {}
+    instances.check_some()
+    assert len(instances.monitors) == CHECKS_PER_TURN
+    assert instances.deadline() < NEVER
+    instances.check_some()
+    assert instances.monitors.keys() == set(names)
+    assert instances.deadline() == NEVER
+
+
+def test_of_a_name_that_is_gone_without_an_event_the_next_rescan_tells(
+    instances: Instances, control_dir: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(control_dir / "web1.kvmd"))  # and never listens
+        check_all(instances)
+        assert "web1" in instances.monitors
+        (control_dir / "web1.kvmd").unlink()
+        check_all(instances)
+    assert instances.monitors == {}
+
+
+def test_a_connection_goes_on_though_its_name_is_gone(
+    instances: Instances, names: list[str], control_dir: Path
+) -> None:
+    check_all(instances)
+    (control_dir / "web1.kvmd").unlink()
+    check_all(instances)
+    assert instances.monitors["web1"].connection is not None
+
+
+def test_an_unexpected_error_costs_one_connection(
+    context: MonitorContext, instances: Instances, names: list[str]
+) -> None:
+    lines: list[str] = []
+    context.log.sinks.append(lines.append)
+    check_all(instances)
+
+    def fail(_monitor: Monitor) -> None:
+        raise ZeroDivisionError
+
+    instances.perform(instances.monitors["web1"], fail)
+    context.log.flush()
+    assert " ERROR web1: unexpected error; connecting anew" in "".join(lines)
+    unconnected = [
+        name for name, one in instances.monitors.items() if one.connection is None
+    ]
+    assert unconnected == ["web1"]
