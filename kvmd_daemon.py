@@ -27,8 +27,8 @@ from kvmd_shutdown_file import LastVerdict
 from kvmd_systemd import RETRY_INTERVAL, Notifier
 from kvmd_version import VERSION
 
-#: Timers that are served in one turn, so that those who were left alone for a while do
-#: not all come back at once, and lines of the status that one turn logs.
+#: Timers that are served in one turn, for each may be an attempt to connect, and lines
+#: of the status that one turn logs.
 TIMERS_PER_TURN = 16
 STATUS_LINES_PER_TURN = 16
 #: Peers that one turn reads from of those that have used up many of their tokens: what
@@ -107,7 +107,7 @@ class Daemon:
             connected = sockets.pop(record.get("connection"), None)
             try:
                 last = LastVerdict.restore(record.get("last"))
-                if record["phase"] == Phase.GONE and last and last.file is not None:
+                if record["phase"] == Phase.GONE and last and not last.is_pending:
                     self._journal.gone[instance] = record
                 elif not self._instances.restore(record, connected):
                     continue

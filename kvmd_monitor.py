@@ -121,14 +121,14 @@ class Monitor:
     @property
     def is_pending(self) -> bool:
         """Whether the shutdown file is still to be brought in line with the verdict."""
-        return self.last is not None and self.last.file is None
+        return self.last is not None and self.last.is_pending
 
     def inherit(self, last: LastVerdict | None) -> None:
         """Take over the last verdict on the instance, which was on another QEMU.
 
         What could not be carried out is not to be carried out any more.
         """
-        self.last = None if last is not None and last.file is None else last
+        self.last = None if last is not None and last.is_pending else last
 
     def is_of_socket(self) -> bool:
         """Tell whether the socket that it is about still stands at the path.

@@ -44,6 +44,11 @@ class LastVerdict(
             f" after={after}"
         )
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the file is still to be brought in line with it."""
+        return self.file is None
+
     @classmethod
     def restore(cls, record: dict[str, object] | None) -> LastVerdict | None:
         """Return what JSON has of one. Raises ValueError, TypeError, KeyError."""

@@ -17,7 +17,7 @@ from kvmd_monitor import Monitor
 
 @pytest.fixture
 def instances(context: MonitorContext) -> Iterator[Instances]:
-    """Return an empty set, with which nothing is compared by itself."""
+    """Return an empty set of monitors, which looks at the directory when told to."""
     instances = Instances(context, (".kvmd",), 0)
     yield instances
     for monitor in instances.monitors.values():

@@ -132,8 +132,7 @@ def test_a_monitor_that_is_closed_waits_for_nothing(
     monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
     monitor.close()
-    later = time.monotonic() + PATIENCE
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    pass_time(monkeypatch, PATIENCE)
     assert not list(context.overdue())
     assert context.loop.registered == 0
 
