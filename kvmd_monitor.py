@@ -150,14 +150,10 @@ class Monitor:
 
     def connect(self) -> None:
         """Try to connect; set a timer for the next attempt where it makes sense."""
-        if not self.is_of_socket():
-            identity = socket_identity(self.path)
-            if identity is None:
-                self._enter(Phase.GONE)
-                self._save()
-                return
-            if hash(identity) != self.identity:
-                self._begin_anew(hash(identity))
+        if not self._has_socket():
+            self._enter(Phase.GONE)
+            self._save()
+            return
         try:
             connected = self._context.connect(self.path)
         except OSError as error:
@@ -170,14 +166,17 @@ class Monitor:
             store.store(connected)
             self._negotiate()
 
-    def _begin_anew(self, identity: int) -> None:
-        """Take note of a new QEMU, of which nothing is known yet."""
-        self._judge_unobserved_end()
-        self.inherit(self.last)
-        self.identity = identity
-        self.guest = Guest()
-        self._delay = LISTEN_DELAY
-        self.phase, self.since = Phase.CONNECTING, time.monotonic()
+    def _has_socket(self) -> bool:
+        """Tell whether there is a socket to connect to, and it is the monitor's own.
+
+        The first one that it finds is. Another is a new QEMU's, for a new monitor.
+        """
+        if self.is_of_socket():
+            return True
+        identity = socket_identity(self.path)
+        if identity is not None and self.identity is None:
+            self.identity = hash(identity)
+        return identity is not None and hash(identity) == self.identity
 
     def _negotiate(self) -> None:
         """Negotiate on a connection that was not greeted yet.

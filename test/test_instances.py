@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from clock import pass_time
+from daemon import INSTANCE
+from fake_qemu import FakeQemu
 
-from kvmd_context import MonitorContext
-from kvmd_instances import CHECKS_PER_TURN, Instances
+from kvmd_context import MonitorContext, Phase
+from kvmd_instances import CHECKS_PER_TURN, SETTLING_TIME, Instances
 from kvmd_loop import NEVER
 from kvmd_monitor import Monitor
 
@@ -76,6 +79,45 @@ def test_a_connection_goes_on_though_its_name_is_gone(
     (control_dir / "web1.kvmd").unlink()
     check_all(instances)
     assert instances.monitors["web1"].connection is not None
+
+
+@pytest.mark.parametrize("attempt", [Monitor.connect, Monitor.on_timer])
+def test_a_new_qemu_in_the_place_of_one_that_crashed_gets_a_monitor_of_its_own(
+    instances: Instances, fake_qemu: FakeQemu, attempt: Callable[[Monitor], None]
+) -> None:
+    fake_qemu.listen()
+    fake_qemu.crash()
+    check_all(instances)
+    old = instances.monitors[INSTANCE]
+    old.guest.on_event("POWERDOWN", None, None)
+    fake_qemu.listen()
+    instances.perform(old, attempt)
+    new = instances.monitors[INSTANCE]
+    assert new is not old
+    assert new.connection is not None
+    assert not new.guest.powerdown_requested
+
+
+def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
+    context: MonitorContext, control_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instances = Instances(context, (".kvmd", ".qmp"), 0)
+    with FakeQemu(control_dir, INSTANCE, ".qmp") as qemu:
+        qemu.listen()
+        check_all(instances)
+        pass_time(monkeypatch, SETTLING_TIME)
+        instances.on_timer()
+        old = instances.monitors[INSTANCE]
+        qemu.crash()
+        instances.perform(old, Monitor.receive)
+        assert old.phase is Phase.CONNECTING
+        qemu.listen()
+        instances.perform(old, Monitor.on_timer)
+        assert instances.monitors == {}
+        pass_time(monkeypatch, SETTLING_TIME)
+        instances.on_timer()
+        assert instances.monitors[INSTANCE].connection is not None
+        instances.monitors[INSTANCE].close()
 
 
 def test_an_unexpected_error_costs_one_connection(

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from clock import pass_time
 from daemon import INSTANCE, LOG_LINE, Daemon
 from deadline import SECONDS, wait_until
 from fake_qemu import FakeQemu
@@ -320,8 +321,7 @@ def test_more_lines_about_one_instance_than_the_limit_are_left_out_and_counted(
         "INFO other: unaffected",
         "INFO unaffected",
     ]
-    later = time.monotonic() + log.PERIOD
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    pass_time(monkeypatch, log.PERIOD)
     lines.clear()
     log.error("heard again", "talkative")
     log.flush()

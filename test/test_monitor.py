@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clock import pass_time
 from daemon import INSTANCE
 from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
@@ -20,7 +21,7 @@ from kvmd_context import PATIENCE, RESERVED_DESCRIPTORS, MonitorContext, Phase
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
-from kvmd_monitor import FILE_RETRY, LISTEN_DELAY, Monitor
+from kvmd_monitor import FILE_RETRY, Monitor
 from kvmd_shutdown_file import LastVerdict, ShutdownFiles
 from kvmd_systemd import DescriptorStore, Notifier
 from kvmd_verdict import Ruling
@@ -46,12 +47,6 @@ def read_all(monitor: Monitor, context: MonitorContext) -> None:
 def read_only(*_: object) -> None:
     """Fail as a system call does on a read-only file system."""
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Have the clock stand still, so many seconds later."""
-    later = time.monotonic() + seconds
-    monkeypatch.setattr(time, "monotonic", lambda: later)
 
 
 def connect_to(
@@ -81,33 +76,12 @@ def test_to_wait_for_a_descriptor_costs_one_record_however_long_it_takes(
     monitor = Monitor(INSTANCE, ".kvmd", context)
     refuse(errno.EMFILE)
     size = os.path.getsize(context.journal.path)
-    later = time.monotonic() + 2 * PATIENCE
     refuse(errno.EMFILE)
     assert monitor.phase is Phase.WAITING
     assert os.path.getsize(context.journal.path) == size
-    monkeypatch.setattr(time, "monotonic", lambda: later)
+    pass_time(monkeypatch, 2 * PATIENCE)
     refuse(errno.ECONNREFUSED)
     assert monitor.phase.value == "connecting"
-
-
-def test_a_new_socket_in_the_place_of_a_dead_one_is_tried_as_any_new_one(
-    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_qemu.listen()
-    fake_qemu.crash()
-    monitor = Monitor(INSTANCE, ".kvmd", context)
-    monitor.connect()
-    monitor.connect()
-    later = time.monotonic() + PATIENCE
-    long_after = later + PATIENCE
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    monitor.connect()
-    assert monitor.phase is Phase.DEAD
-    fake_qemu.bind()
-    monkeypatch.setattr(time, "monotonic", lambda: long_after)
-    monitor.connect()  # as a rescan does
-    assert monitor.phase.value == "connecting"
-    assert context.loop.next_timer() == long_after + LISTEN_DELAY
 
 
 def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
@@ -223,18 +197,18 @@ def test_a_socket_made_anew_is_a_new_qemus(
             assert not monitor.is_of_socket()
 
 
-def test_of_a_new_qemu_nothing_is_known(
+def test_a_new_qemus_socket_is_not_for_the_monitor_of_the_old_one(
     context: MonitorContext, fake_qemu: FakeQemu
 ) -> None:
-    fake_qemu.bind()
+    fake_qemu.listen()
+    fake_qemu.crash()
     monitor = Monitor(INSTANCE, ".kvmd", context)
     monitor.connect()
-    monitor.guest.on_event("POWERDOWN", None, None)
-    monitor.connect()
-    assert monitor.guest.powerdown_requested
-    fake_qemu.bind()
-    monitor.connect()
-    assert not monitor.guest.powerdown_requested
+    assert monitor.phase is Phase.CONNECTING
+    fake_qemu.listen()
+    monitor.on_timer()
+    assert monitor.phase.value == "gone"
+    assert monitor.connection is None
 
 
 def test_of_a_socket_that_is_back_after_a_moment_all_stays_known(
