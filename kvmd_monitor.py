@@ -46,10 +46,12 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: Seconds until the second attempt to connect: QEMU listens some ten microseconds after
-#: it has bound its socket. Then, between attempts, at first and at most.
-LISTEN_DELAY = 0.0001
-FIRST_DELAY = 0.001
+#: it has bound its socket, and the kernel makes a sleep 50 us longer. The delay doubles
+#: with each attempt, up to the longest.
+LISTEN_DELAY = 0.00005
 LONGEST_DELAY = 1.0
+#: Seconds until the first attempt where there was a connection before.
+FIRST_DELAY = 0.001
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
 #: A degraded state and its consequence (`Log.begin_trouble`).
@@ -162,9 +164,9 @@ class Monitor:
         else:
             store = self._context.store
             self.connection = Connection(connected, Protocol(), store.is_enabled)
-            self._context.loop.register(self.connection, self)
             store.store(connected)
             self._negotiate()
+            self._context.loop.register(self.connection, self)
 
     def _has_socket(self) -> bool:
         """Tell whether there is a socket to connect to, and it is the monitor's own.
@@ -227,7 +229,7 @@ class Monitor:
     def _try_again(self) -> None:
         """Set the timer for the next attempt to connect, twice as long each time."""
         self._context.loop.set_timer(self, self._delay)
-        self._delay = min(max(FIRST_DELAY, 2 * self._delay), LONGEST_DELAY)
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
 
     def on_timer(self) -> None:
         """Do what the timer was set for."""
@@ -365,8 +367,8 @@ class Monitor:
             self._enter(Phase.ENDED)
         else:
             # A peer that closes at once, again and again, must not keep us busy.
-            if lasted > LONGEST_DELAY:
-                self._delay = FIRST_DELAY
+            delay = FIRST_DELAY if lasted > LONGEST_DELAY else self._delay
+            self._delay = max(delay, FIRST_DELAY)
             self._enter(Phase.CONNECTING)
             self._try_again()
         self._save()

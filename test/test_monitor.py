@@ -93,9 +93,9 @@ def test_a_socket_that_refuses_is_tried_again_at_once_then_less_and_less_often(
     )
     fake_qemu.bind()
     monitor = Monitor(INSTANCE, ".kvmd", context)
-    for _ in range(13):
+    for _ in range(17):
         monitor.connect()
-    assert delays[:4] == [0.0001, 0.001, 0.002, 0.004]
+    assert delays[:4] == [0.00005, 0.0001, 0.0002, 0.0004]
     assert delays[-2:] == [1.0, 1.0]
 
 
