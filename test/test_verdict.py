@@ -470,6 +470,13 @@ def test_member_that_is_as_in_a_new_guest_is_left_out() -> None:
         assert json.loads(json.dumps(Guest.restore(record).export())) == record
 
 
+def test_record_says_that_a_guest_was_found_shut_down() -> None:
+    guest = Guest()
+    guest.on_status("shutdown")
+    record = json.loads(json.dumps(guest.export()))
+    assert record == {"ruling": ["earlier", "shutdown"]}
+
+
 def test_time_of_a_powerdown_without_its_request_means_nothing() -> None:
     guest = Guest.restore({"powerdown_time": NOON})
     assert words(guest.on_event(*POWEROFF, NOON + 2 * HOUR)) == "user guest-shutdown"
