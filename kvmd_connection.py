@@ -19,7 +19,7 @@ import sys
 import time
 from binascii import crc32
 
-from kvmd_qmp import CAREFUL_READ_SIZE, COMMANDS, Protocol
+from kvmd_qmp import CAREFUL_READ_SIZE, COMMANDS, READ_SIZE, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Connection:
             return
         length, checksum = peeked
         try:
-            data = self.socket.recv(length, socket.MSG_PEEK)
+            data = self.socket.recv(READ_SIZE, socket.MSG_PEEK)[:length]
         except OSError:
             return
         if [len(data), crc32(data)] == [length, checksum]:

@@ -34,6 +34,15 @@ STATUS_LINES_PER_TURN = 16
 #: Peers that one turn reads from of those that have used up many of their tokens: what
 #: they say takes up to a tenth of a millisecond each.
 COSTLY_READS_PER_TURN = 32
+#: What a record that makes no sense raises, and one whose connection has gone.
+UNUSABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    OSError,
+)
 #: Seconds that systemd may take at the end for what it had not taken yet.
 LAST_ATTEMPTS = 0.3
 
@@ -112,7 +121,7 @@ class Daemon:
                 elif not self._instances.restore(record, connected):
                     continue
                 connected = None
-            except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            except UNUSABLE as error:
                 problem = f"{error!r}: the record of {instance}"
             finally:
                 if connected is not None:

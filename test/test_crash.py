@@ -507,10 +507,14 @@ def assert_connects_anew(service: Service, fake_qemu: FakeQemu) -> None:
             lambda lines: [*lines[:-1], with_members(lines[-1], connection=[])],
             "not all can be used",
         ),
+        (
+            lambda lines: [*lines[:-1], with_members(lines[-1], since=10**400)],
+            "not all can be used",
+        ),
     ],
     ids=[
         *("empty", "torn", "format", "boot", "directory", "protocol", "bad", "deep"),
-        "connection",
+        *("connection", "since"),
     ],
 )
 def test_of_a_journal_that_is_of_no_use_the_daemon_connects_anew(
