@@ -21,7 +21,6 @@ from kvmd_shutdown_file import LastVerdict
 from kvmd_socket import (
     LONGEST_SOCKET_PATH,
     listening_names,
-    socket_identity,
     socket_status,
 )
 
@@ -124,25 +123,29 @@ class Instances:
         old = self.monitors.pop(instance, None)
         if old is not None:
             self._end(old)
-            monitor.inherit(old.last)
+            monitor.last = old.last
         gone = self._context.journal.gone.pop(instance, None)
         if old is None and gone is not None:
-            monitor.inherit(LastVerdict.restore(gone["last"]))
+            monitor.last = LastVerdict.restore(gone["last"])
+        self._lone.pop(instance, None)
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)
 
     def _end(self, monitor: Monitor) -> None:
-        """Have nothing more to do with a monitor whose socket is another's now."""
-        self.perform(monitor, self._finish)
+        """Have nothing more to do with a monitor whose socket is another's now.
+
+        What is left on its connection is read before another takes its place.
+        """
+        self.perform(monitor, self._read_rest)
+        monitor.drop_pending()
+        self.perform(monitor, Monitor.on_removed)
         monitor.close()  # whatever went wrong
         monitor.due = None
 
-    def _finish(self, monitor: Monitor) -> None:
-        """Read what is left on a connection before another takes its place."""
+    def _read_rest(self, monitor: Monitor) -> None:
         for _ in range(LAST_READS):
             if not monitor.receive():
                 break
-        monitor.on_removed()
 
     def _forget(self, monitor: Monitor) -> None:
         monitor.due = None
@@ -161,7 +164,7 @@ class Instances:
                 self.perform(monitor, Monitor.on_removed)
             return
         is_known = monitor is not None and monitor.suffix == suffix
-        if monitor is not None and is_known and not self._is_replaced(monitor):
+        if monitor is not None and is_known and not monitor.is_replaced():
             return
         if suffix == self._suffixes[0]:
             self._start(instance, suffix)
@@ -173,14 +176,6 @@ class Instances:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
             if self.due is None:
                 self._context.loop.set_timer(self, SETTLING_TIME)
-
-    def _is_replaced(self, monitor: Monitor) -> bool:
-        """Tell whether another socket stands at a monitor's path.
-
-        One that is away for a moment, with its directory, may come back.
-        """
-        identity = socket_identity(monitor.path)
-        return identity is not None and hash(identity) != monitor.identity
 
     def _best_suffix(self, instance: str) -> str | None:
         for suffix in self._suffixes:
@@ -197,24 +192,31 @@ class Instances:
         return None
 
     def on_timer(self) -> None:
-        """Use what has stood alone for long enough.
-
-        For all of it the names that are listened on are read once: that takes long.
-        """
+        """Use what has stood alone for long enough."""
         now = time.monotonic()
+        settled = [instance for instance, due in self._lone.items() if due <= now]
+        if settled:
+            self._use_lone_sockets(settled)
+        if self._lone:
+            delay = min(self._lone.values()) - now
+            self._context.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
+
+    def _use_lone_sockets(self, instances: list[str]) -> None:
+        """Use them, or try again later.
+
+        For all of them the names that are listened on are read once: it takes long.
+        """
         try:
             listening = listening_names(self._directory)
         except OSError as error:
             self._log.begin_trouble(UNLISTED, f"{error.filename}: {error.strerror}")
-            self._context.loop.set_timer(self, SETTLING_TIME)
+            later = time.monotonic() + SETTLING_TIME
+            self._lone.update(dict.fromkeys(instances, later))
             return
         self._log.end_trouble(UNLISTED)
-        for instance in [name for name, due in self._lone.items() if due <= now]:
-            del self._lone[instance]
+        for instance in instances:
+            self._lone.pop(instance)
             self._use_lone_socket(instance, listening)
-        if self._lone:
-            delay = min(self._lone.values()) - now
-            self._context.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
 
     def _use_lone_socket(self, instance: str, listening: set[str]) -> None:
         """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
@@ -325,6 +327,8 @@ class Instances:
             self.next_rescan = min(self.next_rescan, soon)
 
     def _drop_name(self, instance: str, name: str) -> None:
+        if name != instance + self._suffixes[0]:
+            self._lone.pop(instance, None)
         monitor = self.monitors.get(instance)
         if monitor is not None and name == instance + monitor.suffix:
             # The event may be an old one: then `_forget` finds what stands there now.

@@ -125,12 +125,11 @@ class Monitor:
         """Whether the shutdown file is still to be brought in line with the verdict."""
         return self.last is not None and self.last.is_pending
 
-    def inherit(self, last: LastVerdict | None) -> None:
-        """Take over the last verdict on the instance, which was on another QEMU.
-
-        What could not be carried out is not to be carried out any more.
-        """
-        self.last = None if last is not None and last.is_pending else last
+    def drop_pending(self) -> None:
+        """Don't carry out any more what could not be: another QEMU stands there."""
+        if self.is_pending:
+            self.last = None
+            self._is_saved = False
 
     def is_of_socket(self) -> bool:
         """Tell whether the socket that it is about still stands at the path.
@@ -147,6 +146,14 @@ class Monitor:
                 return False
             self._status = status or None
         return True
+
+    def is_replaced(self) -> bool:
+        """Tell whether another socket stands at the path, which is another QEMU's.
+
+        One that is away for a moment, with its directory, may come back.
+        """
+        identity = socket_identity(self.path)
+        return identity is not None and hash(identity) != self.identity
 
     # Connecting.
 
@@ -241,8 +248,11 @@ class Monitor:
     def retry_file(self) -> None:
         """Try again to bring the shutdown file in line with the verdict."""
         assert self.last is not None
-        with contextlib.suppress(OSError):  # it was told of at the first time
-            self.last = self._context.files.write(self.instance, self.last)
+        if self.is_replaced():
+            self.drop_pending()
+        else:
+            with contextlib.suppress(OSError):  # it was told of at the first time
+                self.last = self._context.files.write(self.instance, self.last)
         self._follow_file()
         self._save()
 

@@ -98,26 +98,89 @@ def test_a_new_qemu_in_the_place_of_one_that_crashed_gets_a_monitor_of_its_own(
     assert not new.guest.powerdown_requested
 
 
-def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
-    context: MonitorContext, control_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    instances = Instances(context, (".kvmd", ".qmp"), 0)
+# ---- A .qmp alone --------------------------------------------------------------------
+
+
+@pytest.fixture
+def auto(context: MonitorContext) -> Iterator[Instances]:
+    """Return an empty set of monitors that uses a .qmp where there is no .kvmd."""
+    auto = Instances(context, (".kvmd", ".qmp"), 0)
+    yield auto
+    for monitor in auto.monitors.values():
+        monitor.close()
+
+
+@pytest.fixture
+def qmp(control_dir: Path) -> Iterator[FakeQemu]:
+    """Return a fake QEMU of INSTANCE that has only a .qmp, and that not yet."""
     with FakeQemu(control_dir, INSTANCE, ".qmp") as qemu:
-        qemu.listen()
-        check_all(instances)
-        pass_time(monkeypatch, SETTLING_TIME)
-        instances.on_timer()
-        old = instances.monitors[INSTANCE]
-        qemu.crash()
-        instances.perform(old, Monitor.receive)
-        assert old.phase is Phase.CONNECTING
-        qemu.listen()
-        instances.perform(old, Monitor.on_timer)
-        assert instances.monitors == {}
-        pass_time(monkeypatch, SETTLING_TIME)
-        instances.on_timer()
-        assert instances.monitors[INSTANCE].connection is not None
-        instances.monitors[INSTANCE].close()
+        yield qemu
+
+
+def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
+    auto: Instances, qmp: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qmp.listen()
+    check_all(auto)
+    pass_time(monkeypatch, SETTLING_TIME)
+    auto.on_timer()
+    old = auto.monitors[INSTANCE]
+    qmp.crash()
+    auto.perform(old, Monitor.receive)
+    assert old.phase is Phase.CONNECTING
+    qmp.listen()
+    auto.perform(old, Monitor.on_timer)
+    assert auto.monitors == {}
+    pass_time(monkeypatch, SETTLING_TIME)
+    auto.on_timer()
+    assert auto.monitors[INSTANCE].connection is not None
+
+
+def test_a_qmp_that_was_away_has_to_stand_alone_for_a_while_again(
+    auto: Instances, qmp: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qmp.listen()
+    check_all(auto)
+    pass_time(monkeypatch, 0.9 * SETTLING_TIME)
+    qmp.exit()
+    qmp.listen()
+    auto.receive()
+    pass_time(monkeypatch, 0.9 * SETTLING_TIME)
+    auto.on_timer()
+    assert auto.monitors == {}
+    pass_time(monkeypatch, 0.2 * SETTLING_TIME)
+    auto.on_timer()
+    assert auto.monitors[INSTANCE].connection is not None
+
+
+@pytest.mark.parametrize("way", ["start", "end"])
+def test_at_a_usual_start_or_end_nobody_is_asked_who_listens(
+    auto: Instances,
+    qmp: FakeQemu,
+    fake_qemu: FakeQemu,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qmp.listen()
+    check_all(auto)
+    fake_qemu.listen()
+    auto.receive()
+    if way == "end":
+        fake_qemu.exit()
+        auto.perform(auto.monitors[INSTANCE], Monitor.receive)
+        auto.receive()
+        qmp.exit()
+        auto.receive()
+
+    def fail(_directory: str) -> set[str]:
+        raise AssertionError("that takes long")
+
+    monkeypatch.setattr("kvmd_instances.listening_names", fail)
+    pass_time(monkeypatch, SETTLING_TIME)
+    auto.on_timer()
+
+
+# ---- What goes wrong -----------------------------------------------------------------
 
 
 def test_an_unexpected_error_costs_one_connection(

@@ -315,6 +315,28 @@ def test_a_pending_file_makes_no_peer_look_silent(
     monitor.close()
 
 
+@pytest.mark.parametrize("phase", ["connected", "ended", "gone"])
+def test_a_pending_file_is_not_made_beside_the_socket_of_a_new_qemu(
+    context: MonitorContext,
+    monitor: Monitor,
+    fake_qemu: FakeQemu,
+    phase: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "mknod", read_only)
+    fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+    read_all(monitor, context)
+    assert monitor.is_pending
+    record = {**json.loads(json.dumps(monitor.record())), "phase": phase}
+    monitor.close()
+    fake_qemu.bind()
+    monkeypatch.undo()
+    successor = Monitor.restore(record, None, context)
+    successor.on_timer()
+    assert not successor.is_pending
+    assert not fake_qemu.shutdown_file.exists()
+
+
 # ---- A peer that costs ---------------------------------------------------------------
 
 
@@ -475,6 +497,18 @@ def test_a_record_that_makes_no_sense_leaves_nothing_that_is_waited_for(
     with connected, pytest.raises(ValueError):
         Monitor.restore(record, connected, context)
     assert context.loop.registered == 0
+
+
+def test_what_was_peeked_takes_no_memory_however_long_a_record_says_that_it_was(
+    context: MonitorContext, monitor: Monitor
+) -> None:
+    record = {**monitor.record(), "peeked": [1 << 60, 0]}
+    assert monitor.connection is not None
+    connected = monitor.connection.socket.dup()
+    monitor.close()
+    successor = Monitor.restore(record, connected, context)
+    assert successor.connection is not None
+    successor.close()
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
