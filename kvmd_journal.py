@@ -134,15 +134,11 @@ class Journal:
         try:
             if os.write(self._fd, lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(lines)
+            if self._size > self._limit:
+                self._compact()
         except OSError as error:
             self._give_up(error)
-            return
-        self._size += len(lines)
-        if self._size > self._limit:
-            try:
-                self._compact()
-            except OSError as error:
-                self._give_up(error)
 
     def _compact(self) -> None:
         """Write the file anew with the last record of each instance. Raises OSError."""
