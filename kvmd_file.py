@@ -34,3 +34,11 @@ def open_regular_file(path: str, flags: int) -> int:
         return fd
     os.close(fd)
     raise problem
+
+
+def is_at_path(fd: int, path: str) -> bool:
+    """Tell whether an open file is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except OSError:
+        return False

@@ -36,7 +36,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from kvmd_file import open_regular_file
+from kvmd_file import is_at_path, open_regular_file
 from kvmd_log import Log
 from kvmd_version import VERSION
 
@@ -122,9 +122,8 @@ class Journal:
     def check(self) -> None:
         """Write the file anew if it could not be written, or is no more at its path."""
         if self._fd is not None:
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(self._fd), os.lstat(self.path)):
-                    return
+            if is_at_path(self._fd, self.path):
+                return
             self.close()
         self.begin()
 

@@ -10,7 +10,7 @@ import signal
 import struct
 from collections.abc import Callable
 
-from kvmd_file import open_regular_file
+from kvmd_file import is_at_path, open_regular_file
 from kvmd_log import write_to_stderr
 from kvmd_version import DAEMON_NAME
 
@@ -63,7 +63,7 @@ class PidFile:
         for _ in range(self.ATTEMPTS):
             fd = open_regular_file(self.path, os.O_RDWR | os.O_CREAT)
             self._lock(fd)
-            if self._is_at_path(fd):
+            if is_at_path(fd, self.path):
                 return fd
             os.close(fd)  # its last holder has removed it in between
         raise StartError(f"{self.path} can't be locked: somebody keeps removing it")
@@ -79,16 +79,10 @@ class PidFile:
                 f" holds the lock on {self.path}"
             ) from None
 
-    def _is_at_path(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
-
     def remove(self) -> None:
         """Remove the file, unless another one stands there, or it can't be removed."""
         with contextlib.suppress(OSError):  # only the lock counts
-            if self._is_at_path(self.fd):
+            if is_at_path(self.fd, self.path):
                 os.unlink(self.path)
 
 
@@ -102,12 +96,11 @@ def find_inherited_pid_file(path: str) -> int | None:
 
     Then this program was started in place by the one before (execve(2)).
     """
+    own = f"{os.getpid()}\n".encode()
     for fd in inherited_descriptors():
         with contextlib.suppress(OSError):
-            is_at_path = os.path.samestat(os.fstat(fd), os.lstat(path))
             is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-            own = f"{os.getpid()}\n".encode()
-            if is_at_path and is_writable and os.pread(fd, len(own) + 1, 0) == own:
+            if is_writable and is_at_path(fd, path) and os.pread(fd, 20, 0) == own:
                 return fd
     return None
 
