@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 
 from kvmd_inotify import DirectoryWatch
@@ -228,10 +229,8 @@ def check_daemon(pid_file: str, pid: int | None) -> Finding:
             " have this one: /usr/lib/ganeti/daemon-util stop ganeti-kvmd, then start",
         )
     limit = "an unknown number of"
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/limits", "rb") as limits:
-        for line in limits:  # none if the process has ended meanwhile
-            if line.startswith(b"Max open files"):
-                limit = f"up to {line.split()[3].decode()}"
+    with contextlib.suppress(OSError):  # it may have ended meanwhile
+        limit = f"up to {resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]}"
     return Finding(Level.OK, f"a daemon runs, pid {pid}, with {limit} open files")
 
 
