@@ -23,7 +23,7 @@ from kvmd_settings import (
 from kvmd_socket import (
     LONGEST_SOCKET_PATH,
     open_files,
-    read_bound_sockets,
+    read_listeners,
     read_peers,
     socket_identity,
 )
@@ -54,15 +54,14 @@ def read_holders(inodes: set[int], daemon: int | None) -> dict[int, str]:
 
 def read_clients(control_dir: str, daemon: int | None) -> dict[str, list[str]]:
     """Return who is connected to each name that somebody listens on, there or not."""
-    sockets = read_bound_sockets(control_dir)
+    listeners = read_listeners(control_dir)
     try:
         peers = read_peers()
     except OSError:
         peers = {}
     clients = {
-        name: [peers.get(one.inode, 0) for one in bound if one.is_connected]
-        for name, bound in sockets.items()
-        if any(one.listens for one in bound)
+        name: [peers.get(inode, 0) for inode in connections]
+        for name, connections in listeners.items()
     }
     inodes = {inode for found in clients.values() for inode in found}
     holders = read_holders(inodes, daemon)

@@ -7,7 +7,6 @@ nothing of instances.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import errno
@@ -60,9 +59,6 @@ ATTRIBUTE_HEADER = struct.Struct("=HH")
 FIELD_WIDTHS = [8, 8, 8, 4, 2]
 SO_ACCEPTCON = 0x10000
 SS_CONNECTED = 3
-
-#: A socket that was bound to a name: whether it listens, whether it is connected.
-BoundSocket = collections.namedtuple("BoundSocket", "listens is_connected inode")
 
 
 def socket_status(path: str) -> int | None:
@@ -130,8 +126,10 @@ def _birth(path: bytes) -> int | None:
     return int(seconds * 10**9 + nanoseconds)
 
 
-def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
-    """Return the sockets that were bound to each name in a directory, there or not.
+def read_listeners(directory: str) -> dict[str, list[int]]:
+    """Return the names in a directory that somebody listens on, there or not.
+
+    With each are the inode numbers of the connections that its listener has taken.
 
     From /proc/self/net/unix, which has the names as bound, whatever they lead to now,
     with a line for the listener and for each connection that it took. None of these
@@ -143,7 +141,8 @@ def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
         lines = os.fsdecode(table.read()).split("\n")
     real = os.path.realpath(directory)
     spellings = {directory, real, f"/var{real}"}  # /var/run is Ganeti's name for /run
-    sockets: dict[str, list[BoundSocket]] = {}
+    listening = set()
+    connections: dict[str, list[int]] = {}
     for line in lines[1:]:
         place, _, name = line.rpartition("/")
         fields = place.split(None, 7)
@@ -155,10 +154,11 @@ def read_bound_sockets(directory: str) -> dict[str, list[BoundSocket]]:
             continue
         # What a name with a line feed in it forges is to be no shorter than a line.
         if [len(field) for field in fields[1:6]] == FIELD_WIDTHS:
-            listens, is_connected = bool(flags & SO_ACCEPTCON), state == SS_CONNECTED
-            entry = BoundSocket(listens, is_connected, inode)
-            sockets.setdefault(name, []).append(entry)
-    return sockets
+            if flags & SO_ACCEPTCON:
+                listening.add(name)
+            elif state == SS_CONNECTED:
+                connections.setdefault(name, []).append(inode)
+    return {name: connections.get(name, []) for name in listening}
 
 
 def listening_names(directory: str) -> set[str]:
@@ -166,8 +166,7 @@ def listening_names(directory: str) -> set[str]:
 
     It takes about 7 us for each socket of the whole node. Raises OSError.
     """
-    sockets = read_bound_sockets(directory)
-    return {name for name in sockets if any(one.listens for one in sockets[name])}
+    return set(read_listeners(directory))
 
 
 def read_peers() -> dict[int, int]:

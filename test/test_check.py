@@ -400,7 +400,7 @@ def test_what_can_not_be_looked_at_is_a_line(
     def fail(_path: str) -> None:
         raise OSError(errno.EMFILE, "Too many open files", "/proc/self/net/unix")
 
-    monkeypatch.setattr(kvmd_check, "read_bound_sockets", fail)
+    monkeypatch.setattr(kvmd_check, "read_listeners", fail)
     monkeypatch.setattr(kvmd_check, "lock_holder", lambda _path: os.getpid())
     options = kvmd_options.Options()
     options.no_cluster_checks = True
