@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
 
 from kvmd_log import Log
 from kvmd_version import VERSION
@@ -64,13 +63,12 @@ class Restart:
             f" {code}; going on with version {VERSION}"
         )
 
-    def become_new_program(self, inherited: Iterable[int]) -> None:
+    def become_new_program(self, descriptors: list[int]) -> None:
         """Replace this program in place; return only if that fails.
 
         These descriptors are inherited. The caller has blocked all signals.
         """
         self.is_due = False
-        descriptors = list(inherited)
         for fd in descriptors:
             os.set_inheritable(fd, True)
         try:
