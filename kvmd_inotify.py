@@ -198,7 +198,9 @@ class DirectoryWatch:
         self.target, self._below, permitted = watches
         self.settled = watches == earlier and permitted
         for wd in passed - self._below.keys():
-            self._forget(wd)
+            # Its directory may be gone, and the watch with it.
+            with contextlib.suppress(OSError):
+                self._inotify.rm_watch(wd)
         facts = []
         if old_target is not None and old_target != self.target:
             facts.append((Fact.VANISHED, ""))
@@ -241,8 +243,3 @@ class DirectoryWatch:
             if directory == "/":
                 return target, below, permitted
             directory, name = os.path.split(directory)
-
-    def _forget(self, wd: int) -> None:
-        # Its directory may be gone, and the watch with it.
-        with contextlib.suppress(OSError):
-            self._inotify.rm_watch(wd)
