@@ -250,10 +250,8 @@ class Instances:
 
     def _instance_of(self, name: str) -> str | None:
         """Return the instance that a file name in the directory tells of."""
-        for suffix in self._suffixes:
-            if name.endswith(suffix) and name != suffix:
-                return name[: -len(suffix)]
-        return None
+        instance, suffix = os.path.splitext(name)
+        return instance if suffix in self._suffixes else None
 
     # The directory.
 
