@@ -24,10 +24,6 @@ from kvmd_socket import (
     socket_status,
 )
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 #: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
 SUFFIXES = {
     "auto": (".kvmd", ".qmp"),
@@ -88,7 +84,7 @@ class Instances:
         """Return when `rescan` or `check_some` is to be called at the latest."""
         return time.monotonic() if self._unchecked else self.next_rescan
 
-    def records(self) -> Iterable[dict[str, Any]]:
+    def records(self) -> Iterable[dict[str, object]]:
         """Return the records of all instances."""
         return (monitor.record() for monitor in self.monitors.values())
 
@@ -106,7 +102,9 @@ class Instances:
 
     # The monitors.
 
-    def restore(self, record: dict[str, Any], connected: socket.socket | None) -> bool:
+    def restore(
+        self, record: dict[str, object], connected: socket.socket | None
+    ) -> bool:
         """Go on with a monitor of an earlier daemon; tell whether it is wanted.
 
         Raises ValueError, TypeError, KeyError for what is no record.

@@ -19,10 +19,7 @@ from __future__ import annotations
 import collections
 import enum
 import operator
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from collections.abc import Mapping
 
 
 class Verdict(str, enum.Enum):
@@ -211,7 +208,7 @@ class Guest:
         return {name: value for name, value, initial in members if value != initial}
 
     @classmethod
-    def restore(cls, record: dict[str, Any]) -> Guest:
+    def restore(cls, record: Mapping[str, object]) -> Guest:
         """Return a guest in the state that was exported.
 
         Members that are unknown are passed over, and missing ones have the value that
