@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -55,17 +56,15 @@ def parse_arguments(arguments: list[str]) -> Options:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    for flags, meaning in [
-        (["-f", "--foreground"], "don't detach; log to stderr as well"),
-        (["-d", "--debug"], "log debug messages: every QMP message, every watch"),
-        (["--no-user-checks"], "don't insist on running as root"),
-        (
-            ["--no-cluster-checks"],
-            "don't ask the cluster's settings; for trials without Ganeti",
-        ),
-        (["--check"], "report what prevents detection on this node, then exit"),
-    ]:
-        add(*flags, action="store_true", help=meaning)
+    flag = functools.partial(add, action="store_true")
+    flag("-f", "--foreground", help="don't detach; log to stderr as well")
+    flag("-d", "--debug", help="log debug messages: every QMP message, every watch")
+    flag("--no-user-checks", help="don't insist on running as root")
+    flag(
+        "--no-cluster-checks",
+        help="don't ask the cluster's settings; for trials without Ganeti",
+    )
+    flag("--check", help="report what prevents detection on this node, then exit")
     add(
         "--status",
         nargs="?",
@@ -86,12 +85,8 @@ def parse_arguments(arguments: list[str]) -> Options:
         ("--state-file", options.state_file, "the journal"),
         ("--ssconf-dir", options.ssconf_dir, "the cluster's settings"),
     ]:
-        add(
-            option,
-            metavar="PATH",
-            type=os.path.abspath,
-            help=f"{meaning} (default: {default})",
-        )
+        text = f"{meaning} (default: {default})"
+        add(option, metavar="PATH", type=os.path.abspath, help=text)
     add(
         "--socket-suffix",
         choices=list(SUFFIXES),
@@ -107,7 +102,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     )
     # Not argparse's own action, which asks no more what other options there are: a
     # restart in place tries the new program with the options that it will get.
-    add("-V", "--version", action="store_true", help="print the version, then exit")
+    flag("-V", "--version", help="print the version, then exit")
     options.state_file = ""  # unless it is given, it goes with the pid file
     parser.parse_args(arguments, namespace=options)
     options.state_file = options.state_file or beside(options.pid_file)
