@@ -59,15 +59,11 @@ def read_clients(control_dir: str, daemon: int | None) -> dict[str, list[str]]:
         peers = read_peers()
     except OSError:
         peers = {}
-    clients = {
-        name: [peers.get(inode, 0) for inode in connections]
-        for name, connections in listeners.items()
-    }
-    inodes = {inode for found in clients.values() for inode in found}
+    inodes = {peers.get(inode, 0) for found in listeners.values() for inode in found}
     holders = read_holders(inodes, daemon)
     return {
-        name: [holders.get(inode, UNKNOWN_CLIENT) for inode in found]
-        for name, found in clients.items()
+        name: [holders.get(peers.get(inode, 0), UNKNOWN_CLIENT) for inode in found]
+        for name, found in listeners.items()
     }
 
 
