@@ -86,11 +86,8 @@ def judge_vm_capable(text: str, host: str) -> Finding:
 
 def read_ssconf(path: str) -> str:
     """Return the text of one of Ganeti's ssconf files. Raises OSError, ValueError."""
-    fd = open_regular_file(path, os.O_RDONLY)
-    try:
-        return os.read(fd, LONGEST_SETTING).decode()
-    finally:
-        os.close(fd)
+    with open(open_regular_file(path, os.O_RDONLY), "rb") as file:
+        return file.read(LONGEST_SETTING).decode()
 
 
 def reason_of(error: OSError | ValueError) -> str:
