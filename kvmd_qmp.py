@@ -243,21 +243,17 @@ class Protocol:
             return None
         try:
             message = parse_message(line)
-            self._advance(message)
+            if isinstance(message, Greeting) is self._greeted:
+                # There is one negotiation, and before it nothing can be told.
+                raise ValueError(
+                    "a second greeting" if self._greeted else "before the greeting"
+                )
         except (ValueError, RecursionError) as error:
             self._complain(f"{error}: {line[:80]!r}")
             return None
-        return message
-
-    def _advance(self, message: Greeting | Status | Event | None) -> None:
-        """Note how far the connection is. Raises ValueError for what is out of turn."""
-        if isinstance(message, Greeting) is self._greeted:
-            # There is one negotiation, and before it nothing can be told.
-            raise ValueError(
-                "a second greeting" if self._greeted else "before the greeting"
-            )
         self._greeted = True
         self._answered |= isinstance(message, Status)
+        return message
 
     def _complain(self, complaint: str) -> None:
         """Keep the first complaint of the connection."""
