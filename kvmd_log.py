@@ -54,8 +54,8 @@ def traceback_of(error: BaseException) -> list[str]:
         text = str(error)
     except Exception:  # noqa: BLE001 (whatever it is, it must not hide the first one)
         text = "(what it says can't be told)"
-    last = f"{type(error).__name__}: {text}"
-    return ["Traceback (most recent call last):", *calls[-LONGEST_TRACEBACK:], last]
+    last = f"{type(error).__name__}: {text}".splitlines()
+    return ["Traceback (most recent call last):", *calls[-LONGEST_TRACEBACK:], *last]
 
 
 class Log:
@@ -169,8 +169,7 @@ class Log:
         self.error(message, instance)
         with contextlib.suppress(Exception):  # the first one is what matters
             for line in traceback_of(error):
-                for part in line.splitlines():
-                    self.error(part, instance)
+                self.error(line, instance)
 
     def begin_trouble(self, trouble: str, consequence: str) -> None:
         """Warn of a degraded state, once until it is over."""
