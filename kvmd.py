@@ -29,18 +29,16 @@ from kvmd_options import Options, parse_arguments
 from kvmd_process import (
     PidFile,
     StartError,
-    close_inherited,
     detach,
-    find_inherited_pid_file,
     ignore_report,
     raise_descriptor_limit,
     raise_priority,
     resist_oom_killer,
     sanitize_process,
+    sort_inherited,
 )
 from kvmd_restart import Restart
 from kvmd_settings import Level, host_name, judge_cluster
-from kvmd_socket import open_sockets
 from kvmd_status import status
 from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
@@ -176,9 +174,7 @@ def main() -> int:
     if options.status:
         return status(options)
     command = options.command()  # its path may be relative to where we are now
-    inherited = find_inherited_pid_file(options.pid_file)
-    sockets = open_sockets()
-    close_inherited({*sockets.values(), inherited or 0})
+    inherited, sockets = sort_inherited(options.pid_file)
     sanitize_process()
     log = make_log(options)
     try:

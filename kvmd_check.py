@@ -44,7 +44,7 @@ def read_holders(inodes: set[int], daemon: int | None) -> dict[int, str]:
         try:
             with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
                 name = comm.read().strip()
-            for _, target in open_files(pid):
+            for target in open_files(pid):
                 if target in wanted:
                     holders[wanted[target]] = f"{name}, pid {pid}"
         except OSError:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import stat
 import struct
 from collections.abc import Callable
 
@@ -86,31 +87,37 @@ class PidFile:
                 os.unlink(self.path)
 
 
-def inherited_descriptors() -> list[int]:
-    """Return all descriptors above 2, and the one that lists them, closed by now."""
-    return [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2]
-
-
-def find_inherited_pid_file(path: str) -> int | None:
-    """Return the descriptor of the file at the path, if it holds this process's pid.
+def is_own_pid_file(fd: int, path: str) -> bool:
+    """Tell whether a descriptor is of the pid file, and that holds this process's pid.
 
     Then this program was started in place by the one before (execve(2)).
     """
-    own = f"{os.getpid()}\n".encode()
-    for fd in inherited_descriptors():
-        with contextlib.suppress(OSError):
-            is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-            if is_writable and is_at_path(fd, path) and os.pread(fd, 20, 0) == own:
-                return fd
-    return None
+    if not is_at_path(fd, path):
+        return False
+    is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    return is_writable and os.pread(fd, 20, 0) == f"{os.getpid()}\n".encode()
 
 
-def close_inherited(keep: set[int]) -> None:
-    """Close all descriptors above 2 but these, whatever they are of."""
-    for fd in inherited_descriptors():
-        if fd not in keep:
-            with contextlib.suppress(OSError):
+def sort_inherited(path: str) -> tuple[int | None, dict[int, int]]:
+    """Close all descriptors above 2, but for this process's pid file and all sockets.
+
+    Returns the pid file's, None if it is not open, and one of each socket, by inode
+    number.
+    """
+    pid_file = None
+    sockets = {}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd <= 2:
+            continue
+        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+            status = os.fstat(fd)
+            if stat.S_ISSOCK(status.st_mode) and status.st_ino not in sockets:
+                sockets[status.st_ino] = fd
+            elif is_own_pid_file(fd, path):
+                pid_file = fd
+            else:
                 os.close(fd)
+    return pid_file, sockets
 
 
 def lock_holder(path: str) -> int | None:

@@ -207,21 +207,12 @@ def _parse_peers(answers: bytes, peers: dict[int, int]) -> bool:
     return True
 
 
-def open_files(pid: str) -> Iterator[tuple[int, str]]:
-    """Yield the descriptors of a process, and what they are of, as /proc/PID/fd has it.
+def open_files(pid: str) -> Iterator[str]:
+    """Yield what the descriptors of a process are of, as /proc/PID/fd has it.
 
     Raises OSError.
     """
     directory = f"/proc/{pid}/fd"
     for name in os.listdir(directory):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own, for one
-            yield int(name), os.readlink(f"{directory}/{name}")
-
-
-def open_sockets() -> dict[int, int]:
-    """Return this process's sockets above 2: inode number -> descriptor."""
-    sockets = {}
-    for fd, target in open_files("self"):
-        if fd > 2 and target.startswith("socket:["):
-            sockets[int(target[len("socket:[") : -1])] = fd
-    return sockets
+        with contextlib.suppress(FileNotFoundError):  # closed in between
+            yield os.readlink(f"{directory}/{name}")

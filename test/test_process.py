@@ -196,9 +196,9 @@ def open_pid_file(path: Path, text: str) -> int:
 def test_an_inherited_pid_file_with_this_pid_is_found(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     fd = open_pid_file(path, f"{os.getpid()}\n")
-    assert kvmd_process.find_inherited_pid_file(str(path)) == fd
+    assert kvmd_process.is_own_pid_file(fd, str(path))
     os.close(fd)
-    assert kvmd_process.find_inherited_pid_file(str(path)) is None
+    assert not kvmd_process.is_own_pid_file(fd, str(path))
 
 
 def test_a_locked_pid_file_is_taken_over_from_the_program_before(
@@ -207,9 +207,8 @@ def test_a_locked_pid_file_is_taken_over_from_the_program_before(
     path = tmp_path / "pid"
     before = kvmd_process.PidFile(str(path))
     os.set_inheritable(before.fd, True)
-    found = kvmd_process.find_inherited_pid_file(str(path))
-    assert found == before.fd
-    after = kvmd_process.PidFile(str(path), found)
+    assert kvmd_process.is_own_pid_file(before.fd, str(path))
+    after = kvmd_process.PidFile(str(path), before.fd)
     assert after.fd == before.fd and not os.get_inheritable(after.fd)
     holder = os.getpid()
 
@@ -244,7 +243,7 @@ def test_no_other_inherited_file_is_taken_for_the_pid_file(
     path = tmp_path / "pid"
     fd = open_pid_file(path, text)
     change(path)
-    assert kvmd_process.find_inherited_pid_file(str(path)) is None
+    assert not kvmd_process.is_own_pid_file(fd, str(path))
     os.close(fd)
 
 
@@ -254,8 +253,7 @@ def test_a_pid_file_that_was_inherited_for_reading_is_not_the_daemons(
     path = tmp_path / "pid"
     path.write_text(f"{os.getpid()}\n")
     with open(path) as reader:
-        assert reader.fileno() > 2
-        assert kvmd_process.find_inherited_pid_file(str(path)) is None
+        assert not kvmd_process.is_own_pid_file(reader.fileno(), str(path))
 
 
 def test_an_inherited_pid_file_that_another_has_locked_is_not_taken_over(
@@ -305,15 +303,23 @@ ODD_SOCKETS = [
 ]
 
 
-def test_all_descriptors_are_closed_but_those_to_be_kept(tmp_path: Path) -> None:
+def test_all_descriptors_are_closed_but_the_pid_file_and_the_sockets(
+    tmp_path: Path,
+) -> None:
     def close_and_look() -> None:
-        kept = 2000
+        path = tmp_path / "pid"
         fds = open_descriptors_of_all_kinds(tmp_path)
-        os.dup2(fds[0], kept)
-        kvmd_process.close_inherited({kept})
+        os.dup(fds[-1])
+        kept = open_pid_file(path, f"{os.getpid()}\n")
+        pid_file, sockets = kvmd_process.sort_inherited(str(path))
+        assert pid_file == kept
+        assert len(sockets) >= 2
         listing = 3  # the lowest that is free
-        assert set(kvmd_process.inherited_descriptors()) <= {kept, listing}
-        os.fstat(kept)
+        still_open = {int(name) for name in os.listdir("/proc/self/fd")}
+        assert still_open <= {0, 1, 2, listing, kept, *sockets.values()}
+        assert fds[-1] in sockets.values()
+        for inode, fd in sockets.items():
+            assert os.readlink(f"/proc/self/fd/{fd}") == f"socket:[{inode}]"
 
     call_in_process(close_and_look)
 

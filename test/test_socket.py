@@ -165,13 +165,6 @@ def test_what_is_no_socket_has_no_identity(
     assert kvmd_socket.socket_status(str(path)) is None
 
 
-def test_open_sockets_are_known_by_their_inode_numbers(tmp_path: Path) -> None:
-    with socket.socket() as one, open(tmp_path / "file", "w") as file:
-        sockets = kvmd_socket.open_sockets()
-        assert sockets[inode_of(one)] == one.fileno()
-        assert file.fileno() not in sockets.values()
-
-
 def test_the_peer_of_each_socket_is_told() -> None:
     one, other = socket.socketpair()
     with one, other:
