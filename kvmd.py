@@ -38,7 +38,7 @@ from kvmd_process import (
     sort_inherited,
 )
 from kvmd_restart import Restart
-from kvmd_settings import Level, host_name, judge_cluster
+from kvmd_settings import Level, judge_cluster
 from kvmd_status import status
 from kvmd_systemd import DescriptorStore, Notifier, stored_connections
 from kvmd_version import DAEMON_NAME, VERSION
@@ -46,7 +46,7 @@ from kvmd_version import DAEMON_NAME, VERSION
 
 def is_wanted(options: Options, log: Log) -> bool:
     """Ask the cluster's settings; log the one that speaks against running."""
-    for finding in judge_cluster(options.ssconf_dir, host_name()):
+    for finding in judge_cluster(options.ssconf_dir):
         if finding.level is Level.WARN:
             log.warning(finding.text)
         elif finding.level is Level.FAIL:

@@ -12,14 +12,7 @@ from kvmd_instances import SUFFIXES
 from kvmd_log import printable, write_to_stdout
 from kvmd_options import Options
 from kvmd_process import lock_holder
-from kvmd_settings import (
-    Finding,
-    Level,
-    host_name,
-    judge_cluster,
-    read_ssconf,
-    reason_of,
-)
+from kvmd_settings import Finding, Level, judge_cluster, read_ssconf, reason_of
 from kvmd_socket import (
     LONGEST_SOCKET_PATH,
     open_files,
@@ -253,7 +246,7 @@ def check_user_shutdown_parameter(ssconf_dir: str) -> Finding:
 def check_node(options: Options) -> Iterator[Finding]:
     """Judge all that detection on this node hangs on."""
     if not options.no_cluster_checks:
-        yield from judge_cluster(options.ssconf_dir, host_name())
+        yield from judge_cluster(options.ssconf_dir)
         yield check_user_shutdown_parameter(options.ssconf_dir)
     daemon = lock_holder(options.pid_file)
     yield check_daemon(options.pid_file, daemon)

@@ -95,12 +95,12 @@ def reason_of(error: OSError | ValueError) -> str:
     return error.strerror or "" if isinstance(error, OSError) else str(error)
 
 
-def judge_cluster(ssconf_dir: str, host: str) -> Iterator[Finding]:
+def judge_cluster(ssconf_dir: str) -> Iterator[Finding]:
     """Judge the cluster's settings, in the order in which the daemon asks for them."""
     judges: dict[str, Callable[[str], Finding]] = {
         "ssconf_hypervisor_list": judge_hypervisors,
         "ssconf_enabled_user_shutdown": judge_user_shutdown,
-        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, host),
+        "ssconf_node_vm_capable": lambda text: judge_vm_capable(text, host_name()),
     }
     for name, judge in judges.items():
         path = os.path.join(ssconf_dir, name)
