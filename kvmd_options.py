@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str]) -> Options:
 
 def beside(pid_file: str) -> str:
     """Return the path of the journal that the pid file's lock guards."""
-    return (pid_file[:-4] if pid_file.endswith(".pid") else pid_file) + ".state"
+    return pid_file.removesuffix(".pid") + ".state"
 
 
 def own_command() -> list[str]:

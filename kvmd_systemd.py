@@ -192,5 +192,5 @@ def stored_connections(environment: Mapping[str, str]) -> set[int]:
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return set()
     names = environment.get("LISTEN_FDNAMES", "").split(":")
-    numbers = [name[len(PREFIX) :] for name in names if name.startswith(PREFIX)]
+    numbers = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     return {int(number) for number in numbers if number.isdecimal()}
