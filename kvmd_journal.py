@@ -95,8 +95,7 @@ class Journal:
 
         A warning tells if not, once until it is over.
         """
-        records = [*self.gone.values(), *self._records()]
-        return self._replace(encode(record) for record in records)
+        return self._replace(map(encode, [*self.gone.values(), *self._records()]))
 
     def write(self, record: dict[str, Any]) -> None:
         """Add the record of an instance that is monitored."""
