@@ -99,7 +99,7 @@ class Daemon:
             if earlier.header.get("pid") == os.getpid():  # restarted in place
                 self._journal.started = earlier.header["started"]
             for connected in sockets.values():
-                # What nobody knows of would keep QEMU from another connection.
+                # What nobody took over would keep QEMU from another connection.
                 self._context.store.close(connected)
             self._journal.begin()
             self._instances.rescan()
@@ -113,19 +113,15 @@ class Daemon:
     def _take_over(self, earlier: Contents, sockets: dict[int, socket.socket]) -> None:
         problem = earlier.problem
         for instance, record in earlier.records.items():
-            connected = sockets.pop(record.get("connection"), None)
+            connected = sockets.get(record.get("connection"))
             try:
                 last = LastVerdict.restore(record.get("last"))
                 if record["phase"] == Phase.GONE and last and not last.is_pending:
                     self._journal.gone[instance] = record
-                elif not self._instances.restore(record, connected):
-                    continue
-                connected = None
+                elif self._instances.restore(record, connected):
+                    sockets.pop(record.get("connection"), None)
             except UNUSABLE as error:
                 problem = f"{error!r}: the record of {instance}"
-            finally:
-                if connected is not None:
-                    self._context.store.close(connected)
         if problem is not None:
             self._log.warning(
                 f"{self._journal.path}: not all can be used ({problem}); connecting"
