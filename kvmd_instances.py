@@ -135,8 +135,8 @@ class Instances:
         What is left on its connection is read before another takes its place.
         """
         self.perform(monitor, self._read_rest)
-        monitor.drop_pending()
         self.perform(monitor, Monitor.on_removed)
+        monitor.drop_pending()
         monitor.close()  # whatever went wrong
         monitor.due = None
 

@@ -52,6 +52,8 @@ LISTEN_DELAY = 0.00005
 LONGEST_DELAY = 1.0
 #: Seconds until the first attempt where there was a connection before.
 FIRST_DELAY = 0.001
+#: Seconds for which QEMU may still listen when it has removed its socket's name.
+LONGEST_EXIT = 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
 #: A degraded state and its consequence (`Log.begin_trouble`).
@@ -118,7 +120,8 @@ class Monitor:
 
     def is_idle(self) -> bool:
         """Tell whether nothing is lost when the monitor is dropped."""
-        return self.connection is None and not self.is_pending
+        is_done = not (self.is_pending or self.guest.is_alive)
+        return self.connection is None and is_done
 
     @property
     def is_pending(self) -> bool:
@@ -130,6 +133,7 @@ class Monitor:
         if self.is_pending:
             self.last = None
             self._is_saved = False
+            self._save()
 
     def is_of_socket(self) -> bool:
         """Tell whether the socket that it is about still stands at the path.
@@ -160,8 +164,7 @@ class Monitor:
     def connect(self) -> None:
         """Try to connect; set a timer for the next attempt where it makes sense."""
         if not self._has_socket():
-            self._enter(Phase.GONE)
-            self._save()
+            self.on_removed()
             return
         try:
             connected = self._context.connect(self.path)
@@ -242,6 +245,8 @@ class Monitor:
         """Do what the timer was set for."""
         if self.connection is None and self.phase in ATTEMPTING:
             self.connect()
+        elif self.phase is Phase.GONE:
+            self.on_removed()
         if self.is_pending:
             self.retry_file()
 
@@ -269,9 +274,13 @@ class Monitor:
 
     def on_removed(self) -> None:
         """Take note that the name is gone: what stands there next may be new."""
-        if self.connection is None and self.phase is not Phase.GONE:
+        if self.connection is not None:
+            return
+        if self.phase is Phase.GONE:
+            self._judge_unobserved_end()
+        else:
             self._enter(Phase.GONE)
-            self._save()
+        self._save()
 
     # Listening.
 
@@ -409,11 +418,17 @@ class Monitor:
         A running guest has no shutdown file. If one exists, an earlier daemon made it
         and was killed before it wrote the journal.
         """
-        if self.connection is not None or self.guest.on_end() is None:
+        if self.connection is not None or not self.guest.is_alive:
             return
         name = self.instance + self.suffix
         if socket_status(self.path) is None and self._context.is_listened_on(name):
-            return  # it goes on: somebody has removed the name
+            # QEMU is about to end; or it goes on, and somebody has removed the name.
+            if time.monotonic() - self.since < LONGEST_EXIT:
+                self._context.loop.set_timer(self, LONGEST_EXIT)
+            else:
+                self.guest = Guest()
+            return
+        self.guest.on_end()
         verdict = Verdict.NOT_USER
         text = "nobody can know whose doing it was, so it counts as a crash"
         path = self._context.files.path(self.instance)

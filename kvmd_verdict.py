@@ -154,6 +154,11 @@ class Guest:
         #: The verdict on this run of the guest: the first one counts.
         self.ruling: Ruling | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it was seen alive, and there is no verdict on its end yet."""
+        return self.seen_alive and self.ruling is None
+
     def on_status(self, status: str) -> Ruling | None:
         """Take the answer to query-status, a RunState."""
         if self.ruling is not None:
@@ -190,7 +195,7 @@ class Guest:
 
     def on_end(self) -> Ruling | None:
         """Take the end of the connection."""
-        if self.ruling is not None or not self.seen_alive:
+        if not self.is_alive:
             return None
         self.seen_alive = False
         cause = "connection-ended"

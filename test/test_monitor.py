@@ -21,7 +21,7 @@ from kvmd_context import PATIENCE, RESERVED_DESCRIPTORS, MonitorContext, Phase
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
-from kvmd_monitor import FILE_RETRY, Monitor
+from kvmd_monitor import FILE_RETRY, LONGEST_EXIT, Monitor
 from kvmd_shutdown_file import LastVerdict, ShutdownFiles
 from kvmd_systemd import DescriptorStore, Notifier
 from kvmd_verdict import Ruling
@@ -541,17 +541,60 @@ def test_a_socket_without_a_connection_so_far_is_worth_no_record(
     assert not read_journal(context.journal.path).records
 
 
-def test_a_guest_that_went_down_unobserved_counts_as_crashed(
+@pytest.fixture
+def successor(
     context: MonitorContext, monitor: Monitor, fake_qemu: FakeQemu
+) -> Monitor:
+    """Return the monitor that goes on, without the connection, after a restart."""
+    record = json.loads(json.dumps(monitor.record()))
+    monitor.close()
+    fake_qemu.disconnect()
+    return Monitor.restore(record, None, context)
+
+
+def test_a_guest_that_went_down_unobserved_counts_as_crashed(
+    context: MonitorContext, successor: Monitor, fake_qemu: FakeQemu
 ) -> None:
     lines: list[str] = []
     context.log.sinks.append(lines.append)
-    record = json.loads(json.dumps(monitor.record()))
-    monitor.close()
     fake_qemu.exit()
-    successor = Monitor.restore(record, None, context)
-    successor.connect()
+    successor.on_timer()
     context.log.flush()
     assert "went down while it was not monitored" in lines[-2]
     assert " verdict=not-user cause=unobserved " in lines[-1]
     assert successor.last is not None and successor.last.file == "none"
+
+
+def test_a_qemu_that_still_listens_may_be_about_to_end(
+    successor: Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.path.unlink()
+    successor.on_timer()
+    assert successor.phase is Phase.GONE
+    assert not successor.is_idle()
+    fake_qemu.exit()
+    pass_time(monkeypatch, LONGEST_EXIT)
+    successor.on_timer()
+    assert successor.last is not None and successor.last.cause == "unobserved"
+    assert successor.is_idle()
+
+
+def test_of_a_qemu_that_goes_on_though_its_name_is_gone_nothing_is_said(
+    successor: Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.path.unlink()
+    successor.on_timer()
+    pass_time(monkeypatch, LONGEST_EXIT)
+    successor.on_timer()
+    assert successor.last is None
+    assert successor.is_idle()
+
+
+def test_a_new_qemus_socket_tells_that_the_old_one_went_down(
+    successor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.path.unlink()
+    successor.on_timer()
+    fake_qemu.bind()
+    successor.on_removed()
+    assert successor.last is not None and successor.last.cause == "unobserved"
