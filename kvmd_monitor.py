@@ -243,10 +243,9 @@ class Monitor:
 
     def on_timer(self) -> None:
         """Do what the timer was set for."""
-        if self.connection is None and self.phase in ATTEMPTING:
+        may_be_back = self.phase is Phase.GONE and self.guest.is_alive
+        if self.connection is None and (self.phase in ATTEMPTING or may_be_back):
             self.connect()
-        elif self.phase is Phase.GONE:
-            self.on_removed()
         if self.is_pending:
             self.retry_file()
 
@@ -420,13 +419,15 @@ class Monitor:
         """
         if self.connection is not None or not self.guest.is_alive:
             return
+        if self.phase is Phase.GONE and self.is_of_socket():
+            return  # the name is back
         name = self.instance + self.suffix
         if socket_status(self.path) is None and self._context.is_listened_on(name):
             # QEMU is about to end; or it goes on, and somebody has removed the name.
             if time.monotonic() - self.since < LONGEST_EXIT:
                 self._context.loop.set_timer(self, LONGEST_EXIT)
             else:
-                self.guest = Guest()
+                self.guest, self._is_saved = Guest(), False
             return
         self.guest.on_end()
         verdict = Verdict.NOT_USER

@@ -580,14 +580,33 @@ def test_a_qemu_that_still_listens_may_be_about_to_end(
 
 
 def test_of_a_qemu_that_goes_on_though_its_name_is_gone_nothing_is_said(
-    successor: Monitor, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+    context: MonitorContext,
+    successor: Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_qemu.path.unlink()
     successor.on_timer()
+    assert INSTANCE in read_journal(context.journal.path).records
     pass_time(monkeypatch, LONGEST_EXIT)
     successor.on_timer()
     assert successor.last is None
     assert successor.is_idle()
+    assert INSTANCE not in read_journal(context.journal.path).records
+
+
+def test_a_name_that_is_back_in_time_is_connected_to_and_all_stays_known(
+    successor: Monitor, fake_qemu: FakeQemu
+) -> None:
+    away = fake_qemu.path.with_suffix(".away")
+    fake_qemu.path.rename(away)
+    successor.on_timer()
+    away.rename(fake_qemu.path)
+    successor.on_removed()  # an event that is late
+    successor.on_timer()
+    assert successor.connection is not None
+    assert successor.guest.is_alive
+    successor.close()
 
 
 def test_a_new_qemus_socket_tells_that_the_old_one_went_down(
