@@ -25,6 +25,7 @@ from kvmd_monitor import Monitor, describe
 from kvmd_restart import Restart
 from kvmd_shutdown_file import LastVerdict
 from kvmd_systemd import RETRY_INTERVAL, Notifier
+from kvmd_verdict import Guest
 from kvmd_version import VERSION
 
 #: Timers that are served in one turn, for each may be an attempt to connect, and lines
@@ -116,7 +117,9 @@ class Daemon:
             connected = sockets.get(record.get("connection"))
             try:
                 last = LastVerdict.restore(record.get("last"))
-                if record["phase"] == Phase.GONE and last and not last.is_pending:
+                is_done = last is not None and not last.is_pending
+                is_done &= not Guest.restore(record["guest"]).is_alive
+                if is_done and record["phase"] == Phase.GONE:
                     self._journal.gone[instance] = record
                 elif self._instances.restore(record, connected):
                     sockets.pop(record.get("connection"), None)

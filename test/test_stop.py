@@ -233,6 +233,23 @@ def test_what_goes_down_before_it_greets_again_is_told(
     assert daemon.log.count(WENT_DOWN) == 1
 
 
+def test_an_end_that_was_being_waited_for_is_told_after_a_crash(
+    start: Start, fake_qemu: FakeQemu
+) -> None:
+    fake_qemu.shutdown_file.touch()  # a stale one: there is a last verdict then
+    daemon = start("kvmd_monitor.LONGEST_EXIT = 1000")
+    negotiate(fake_qemu, daemon)
+    daemon.stop()
+    fake_qemu.path.unlink()  # and still listens, as at the end of QEMU
+    daemon.start()
+    wait_until(lambda: records(daemon)[INSTANCE]["phase"] == "gone", "it is missed")
+    daemon.end()
+    fake_qemu.exit()
+    daemon.start()
+    daemon.wait_for_verdict(INSTANCE, 2)
+    assert verdicts(daemon) == ["running running", UNOBSERVED]
+
+
 def test_a_file_that_was_made_stays_though_its_maker_did_not_live_to_say_so(
     start: Start, control_dir: Path, fake_qemu: FakeQemu
 ) -> None:
