@@ -155,6 +155,7 @@ class Instances:
         """Monitor the instance's best socket, unless that is monitored already."""
         monitor = self.monitors.get(instance)
         if monitor and monitor.suffix == self._suffixes[0] and monitor.is_of_socket():
+            self._find_again(monitor)
             return
         suffix = self._best_suffix(instance)
         if suffix is None:
@@ -163,6 +164,7 @@ class Instances:
             return
         is_known = monitor is not None and monitor.suffix == suffix
         if monitor is not None and is_known and not monitor.is_replaced():
+            self._find_again(monitor)
             return
         if suffix == self._suffixes[0]:
             self._start(instance, suffix)
@@ -174,6 +176,11 @@ class Instances:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
             if self.due is None:
                 self._context.loop.set_timer(self, SETTLING_TIME)
+
+    def _find_again(self, monitor: Monitor) -> None:
+        """Take note that a monitor's own socket is there; it may have been away."""
+        if monitor.phase is Phase.GONE:
+            self.perform(monitor, Monitor.on_timer)
 
     def _best_suffix(self, instance: str) -> str | None:
         for suffix in self._suffixes:

@@ -35,7 +35,7 @@ import socket
 import time
 
 from kvmd_connection import HOSTILE_PAUSE, Connection
-from kvmd_context import PATIENCE, MonitorContext, Phase
+from kvmd_context import LISTENING_LIFETIME, PATIENCE, MonitorContext, Phase
 from kvmd_qmp import Event, Greeting, Protocol, Status
 from kvmd_shutdown_file import LastVerdict
 from kvmd_socket import socket_identity, socket_status
@@ -52,8 +52,9 @@ LISTEN_DELAY = 0.00005
 LONGEST_DELAY = 1.0
 #: Seconds until the first attempt where there was a connection before.
 FIRST_DELAY = 0.001
-#: Seconds for which QEMU may still listen when it has removed its socket's name.
-LONGEST_EXIT = 1.0
+#: Seconds for which QEMU may still listen when it has removed its socket's name. By
+#: then, `MonitorContext.is_listened_on` has read the names anew.
+LONGEST_EXIT = LISTENING_LIFETIME + 1.0
 #: Seconds between attempts to write a shutdown file.
 FILE_RETRY = 1.0
 #: A degraded state and its consequence (`Log.begin_trouble`).

@@ -109,14 +109,16 @@ def sort_inherited(path: str) -> tuple[int | None, dict[int, int]]:
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd <= 2:
             continue
-        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+        with contextlib.suppress(OSError):
             status = os.fstat(fd)
             if stat.S_ISSOCK(status.st_mode) and status.st_ino not in sockets:
                 sockets[status.st_ino] = fd
-            elif is_own_pid_file(fd, path):
+                continue
+            if is_own_pid_file(fd, path):
                 pid_file = fd
-            else:
-                os.close(fd)
+                continue
+        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+            os.close(fd)
     return pid_file, sockets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -96,6 +97,29 @@ def test_a_new_qemu_in_the_place_of_one_that_crashed_gets_a_monitor_of_its_own(
     assert new is not old
     assert new.connection is not None
     assert not new.guest.powerdown_requested
+
+
+@pytest.mark.parametrize("suffix", [".kvmd", ".qmp"])
+def test_a_name_that_is_back_after_a_restart_is_connected_to_at_once(
+    context: MonitorContext, control_dir: Path, suffix: str
+) -> None:
+    with FakeQemu(control_dir, INSTANCE, suffix) as qemu:
+        qemu.listen()
+        instances = Instances(context, (suffix,), 0)
+        check_all(instances)
+        known = instances.monitors.pop(INSTANCE)
+        known.guest.on_event("POWERDOWN", None, None)
+        record = json.loads(json.dumps(known.record()))
+        known.close()
+        away = qemu.path.rename(qemu.path.with_suffix(".away"))
+        instances.restore(record, None)
+        instances.perform(instances.monitors[INSTANCE], Monitor.on_timer)
+        away.rename(qemu.path)
+        instances.receive()
+        restored = instances.monitors[INSTANCE]
+        assert restored.connection is not None
+        assert restored.guest.powerdown_requested
+        restored.close()
 
 
 # ---- A .qmp alone --------------------------------------------------------------------

@@ -347,6 +347,18 @@ def test_descriptors_of_any_kind_keep_the_daemon_from_nothing(node: Node) -> Non
     node.stop()
 
 
+def test_a_fifo_in_the_place_of_the_pid_file_is_closed_as_well(tmp_path: Path) -> None:
+    def close_and_look() -> None:
+        path = tmp_path / "pid"
+        os.mkfifo(path)
+        fifo = os.open(path, os.O_RDWR)
+        assert kvmd_process.sort_inherited(str(path))[0] is None
+        with pytest.raises(OSError):
+            os.fstat(fifo)
+
+    call_in_process(close_and_look)
+
+
 def race_for(pid_file: Path, racers: int) -> int:
     """Return how many of some processes that start at once get the pid file."""
     start, started = os.pipe()
