@@ -150,11 +150,9 @@ def test_a_descriptor_that_is_slow_to_close_holds_nobody_up(
             qemu.listen()
             qemu.negotiate()
             daemon.wait_until_connected(qemu.name)
-        daemon.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)
-        hostile.send_descriptor(UNINTERESTING, connection.fileno())
-        connection.close()
-        daemon.send_signal(signal.SIGCONT)
+        with daemon.frozen():
+            hostile.send_descriptor(UNINTERESTING, connection.fileno())
+            connection.close()
         fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         wait_until(fake_qemu.shutdown_file.exists, "the shutdown file")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import socket
 import threading
 import time
@@ -218,15 +217,14 @@ def test_what_is_left_on_an_old_connection_is_read_before_the_new_one_is_taken(
     fake_qemu.negotiate()
     daemon.wait_until_connected(INSTANCE)
     inode = fake_qemu.path.stat().st_ino
-    daemon.send_signal(signal.SIGSTOP)
-    fake_qemu.send(event_line("RTC_CHANGE", offset=0) * 400)
-    fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
-    fake_qemu.crash()
-    fake_qemu.path.unlink()
-    successor = make_fake_qemu(INSTANCE)
-    rebind_with_same_inode(successor, inode)
-    successor.listen()
-    daemon.send_signal(signal.SIGCONT)
+    with daemon.frozen():
+        fake_qemu.send(event_line("RTC_CHANGE", offset=0) * 400)
+        fake_qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        fake_qemu.crash()
+        fake_qemu.path.unlink()
+        successor = make_fake_qemu(INSTANCE)
+        rebind_with_same_inode(successor, inode)
+        successor.listen()
     assert " verdict=user " in daemon.wait_for_verdict(INSTANCE)
     successor.negotiate()
     daemon.wait_until_connected(INSTANCE, times=2)
@@ -434,11 +432,10 @@ def test_auto_connects_once_to_a_kvmd_that_takes_the_place_of_a_qmp(
     qmp.listen()
     qmp.negotiate()
     daemon.wait_until_connected(INSTANCE)
-    daemon.send_signal(signal.SIGSTOP)
-    qmp.event("RESUME")
-    qmp.exit()
-    kvmd.listen()
-    daemon.send_signal(signal.SIGCONT)
+    with daemon.frozen():
+        qmp.event("RESUME")
+        qmp.exit()
+        kvmd.listen()
     kvmd.negotiate()
     daemon.wait_until_connected(INSTANCE, times=2)
     power_off(daemon, kvmd, verdicts=2)  # the first one was on the .qmp's end
@@ -595,11 +592,10 @@ def test_a_qmp_that_was_used_once_and_is_left_to_ganeti_now_is_told_of_anew(
     qmp.negotiate()
     daemon.wait_until_connected(INSTANCE)
     qmp.exit()
-    daemon.send_signal(signal.SIGSTOP)
-    kvmd.listen()
-    kvmd.path.unlink()
-    qmp.listen()
-    daemon.send_signal(signal.SIGCONT)
+    with daemon.frozen():
+        kvmd.listen()
+        kvmd.path.unlink()
+        qmp.listen()
     daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: left to Ganeti, ")
 
 

@@ -591,12 +591,10 @@ def test_what_is_looked_at_and_then_followed_by_a_new_socket_counts_once(
 ) -> None:
     service.start()
     negotiate(fake_qemu, service)
-    service.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, service.pid, os.WSTOPPED)
-    fake_qemu.send(RESET + USER_SHUTDOWN)
-    fake_qemu.exit()
-    fake_qemu.listen()
-    service.send_signal(signal.SIGCONT)
+    with service.frozen():
+        fake_qemu.send(RESET + USER_SHUTDOWN)
+        fake_qemu.exit()
+        fake_qemu.listen()
     fake_qemu.negotiate()
     service.wait_for_verdict(INSTANCE, 2)
     assert verdicts(service) == [USER, RUNNING]

@@ -647,12 +647,11 @@ def test_all_shutdown_files_of_a_turn_come_before_the_log(control_dir: Path) -> 
         for qemu in qemus:
             qemu.listen()
             qemu.negotiate()
-            daemon.wait_until_connected(qemu.name)
-        daemon.send_signal(signal.SIGSTOP)
-        frozen.touch()
-        for qemu in qemus:
-            qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
-        daemon.send_signal(signal.SIGCONT)
+            daemon.wait_for_log(f" DEBUG {qemu.name}: <-- .*kvmd-status")
+        with daemon.frozen():  # it has no more to log, and waits
+            frozen.touch()
+            for qemu in qemus:
+                qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
         for qemu in qemus:
             wait_until(qemu.shutdown_file.exists, "the shutdown file")
         assert " verdict=" not in daemon.log

@@ -114,11 +114,10 @@ def test_sigterm_in_a_burst_loses_no_verdict_that_was_read(
         qemu.listen()
         qemu.negotiate()
         daemon.wait_until_connected(qemu.name)
-    daemon.send_signal(signal.SIGSTOP)
-    for qemu in qemus:
-        qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
-    daemon.send_signal(signal.SIGTERM)
-    daemon.send_signal(signal.SIGCONT)
+    with daemon.frozen():
+        for qemu in qemus:
+            qemu.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+        daemon.send_signal(signal.SIGTERM)
     assert daemon.wait_until_gone() == 0
     assert all(qemu.shutdown_file.exists() for qemu in qemus)
     for qemu in qemus:

@@ -172,6 +172,14 @@ class Daemon:
         assert self._process
         self._process.send_signal(number)
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have the process stand still as long as a `with` block lasts."""
+        self.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+        yield
+        self.send_signal(signal.SIGCONT)
+
     def wait_until_gone(self) -> int:
         """Wait for the end of the process, return its exit status."""
         assert self._process
