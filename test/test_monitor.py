@@ -17,7 +17,13 @@ from deadline import wait_until
 from fake_qemu import FakeQemu, event_line
 
 from kvmd_connection import FILL_TIME, HOSTILE_PAUSE
-from kvmd_context import PATIENCE, RESERVED_DESCRIPTORS, MonitorContext, Phase
+from kvmd_context import (
+    LISTENING_LIFETIME,
+    PATIENCE,
+    RESERVED_DESCRIPTORS,
+    MonitorContext,
+    Phase,
+)
 from kvmd_journal import Journal, read_journal
 from kvmd_log import Log
 from kvmd_loop import Loop
@@ -577,6 +583,22 @@ def test_a_qemu_that_still_listens_may_be_about_to_end(
     successor.on_timer()
     assert successor.last is not None and successor.last.cause == "unobserved"
     assert successor.is_idle()
+
+
+def test_the_second_look_is_at_names_that_were_read_since(
+    context: MonitorContext,
+    successor: Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_qemu.path.unlink()
+    successor.on_timer()
+    pass_time(monkeypatch, LISTENING_LIFETIME)
+    assert context.is_listened_on(fake_qemu.path.name)  # as another monitor asks
+    fake_qemu.exit()
+    pass_time(monkeypatch, LONGEST_EXIT - LISTENING_LIFETIME)
+    successor.on_timer()
+    assert successor.last is not None and successor.last.cause == "unobserved"
 
 
 def test_of_a_qemu_that_goes_on_though_its_name_is_gone_nothing_is_said(
