@@ -117,9 +117,11 @@ class Daemon:
             connected = sockets.get(record.get("connection"))
             try:
                 last = LastVerdict.restore(record.get("last"))
-                is_done = last is not None and not last.is_pending
-                is_done &= not Guest.restore(record["guest"]).is_alive
-                if is_done and record["phase"] == Phase.GONE:
+                is_over = (
+                    record["phase"] == Phase.GONE
+                    and not Guest.restore(record["guest"]).is_alive
+                )
+                if is_over and last is not None and not last.is_pending:
                     self._journal.gone[instance] = record
                 elif self._instances.restore(record, connected):
                     sockets.pop(record.get("connection"), None)

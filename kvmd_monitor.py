@@ -255,9 +255,9 @@ class Monitor:
         assert self.last is not None
         if self.is_replaced():
             self.drop_pending()
-        else:
-            with contextlib.suppress(OSError):  # it was told of at the first time
-                self.last = self._context.files.write(self.instance, self.last)
+            return
+        with contextlib.suppress(OSError):  # it was told of at the first time
+            self.last = self._context.files.write(self.instance, self.last)
         self._follow_file()
         self._save()
 
