@@ -28,8 +28,11 @@ PREFIX = "connection-"
 class Notifier:
     """Sends systemd messages about the service's state."""
 
-    #: Microseconds that systemd may take for a message.
-    SEND_TIMEOUT = 10000
+    #: How often a message is sent while systemd's queue is full; the same for the next
+    #: messages, until systemd takes one at once; seconds between such attempts.
+    ATTEMPTS = 10
+    LATER_ATTEMPTS = 1
+    ATTEMPT_INTERVAL = 0.001
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID."""
@@ -49,13 +52,7 @@ class Notifier:
             self.watchdog_interval = int(microseconds) / 2e6
         if self.is_enabled:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            # Not settimeout: with a full queue at the other end, that spins.
-            self._socket.setsockopt(
-                socket.SOL_SOCKET,
-                socket.SO_SNDTIMEO,
-                struct.pack("ll", 0, self.SEND_TIMEOUT),
-            )
-        self._flags = 0
+        self._attempts = self.ATTEMPTS
 
     def close(self) -> None:
         """Send nothing more."""
@@ -74,13 +71,22 @@ class Notifier:
         # Not socket.send_fds: that drops the address.
         packed = struct.pack(f"{len(fds)}i", *fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)] if fds else []
-        try:
-            self._socket.sendmsg(message, rights, self._flags, self._address)
-        except OSError:
-            self._flags = socket.MSG_DONTWAIT  # gone or stuck: wait once, not each time
-            return False
-        self._flags = 0
-        return True
+        attempts, self._attempts = self._attempts, self.LATER_ATTEMPTS
+        for attempt in range(attempts):
+            if attempt > 0:
+                time.sleep(self.ATTEMPT_INTERVAL)
+            try:
+                self._socket.sendmsg(
+                    message, rights, socket.MSG_DONTWAIT, self._address
+                )
+            except BlockingIOError:
+                continue
+            except OSError:
+                break
+            if attempt == 0:
+                self._attempts = self.ATTEMPTS
+            return True
+        return False
 
     def send_status(self, status: str) -> None:
         """Send that the daemon is ready, and what `systemctl status` is to show.

@@ -858,7 +858,8 @@ def test_no_verdict_is_wrong_or_missing_however_often_the_daemon_is_killed(
 ) -> None:
     chance = random.Random(kills)
     # The stand-in for systemd has threads beside it, and may take longer than systemd.
-    program = program_with(control_dir.parent, "kvmd.Notifier.SEND_TIMEOUT = 999999")
+    patience = "kvmd.Notifier.SEND_TIMEOUT = kvmd.Notifier.SLOW_SEND = 0.999"
+    program = program_with(control_dir.parent, patience)
     service = Service(
         systemd, control_dir, program=program, interpreter=[sys.executable]
     )

@@ -62,7 +62,7 @@ PID_FILE = "kvmd.pid"
 # As on a node; and the stand-in for systemd may take longer than systemd.
 PATCH = """
 if "--debug" in sys.argv: sys.argv.remove("--debug")
-kvmd.Notifier.SEND_TIMEOUT = 999999
+kvmd.Notifier.ATTEMPTS = kvmd.Notifier.LATER_ATTEMPTS = 1000
 """
 
 

@@ -101,6 +101,23 @@ def test_a_systemd_that_is_stuck_is_waited_for_once(stuck: Manager) -> None:
     assert stuck.notifier.send("X=1")
 
 
+def test_a_systemd_that_is_slow_delays_one_message_and_not_the_next_as_well(
+    stuck: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        stuck.socket.recv(4096)
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert stuck.notifier.send("X=1")
+    assert not stuck.notifier.send("X=1")
+    assert waits == [Notifier.ATTEMPT_INTERVAL]
+    stuck.messages()
+    assert stuck.notifier.send("X=1")
+
+
 def test_a_status_is_sent_once_and_again_when_it_changes(manager: Manager) -> None:
     for status in ("1", "1", "2"):
         manager.notifier.send_status(status)
