@@ -40,8 +40,10 @@ LONGEST_WAIT = 86400.0
 SHORTEST_SELECT = 0.0005
 #: Files that one turn waits for again, of those whose pause is over.
 RESUMED_PER_TURN = 16
-#: Seconds after which the kernel is not to keep a turn waiting any more.
-STALL_LIMIT = 0.02
+#: Seconds after which the kernel is not to keep a turn waiting any more, and seconds
+#: that it may take each time after that: many peers may wait in one turn.
+STALL_LIMIT = 0.005
+NEXT_STALL_LIMIT = 0.001
 
 
 class Loop:
@@ -155,7 +157,7 @@ def limited_stalls() -> Iterator[None]:
     (socket(7)). The kernel closes it during our read, and that blocks for as long as
     the peer likes.
     """
-    signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, STALL_LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, NEXT_STALL_LIMIT)
     try:
         yield
     finally:

@@ -59,8 +59,10 @@ PLAIN = [sys.executable, "-S", "-E"]
 STARTED = " INFO started "
 PID_FILE = "kvmd.pid"
 
-# As on a node; and the stand-in for systemd may take longer than systemd.
+# As on a node; the stand-in for systemd may take longer than systemd, and under strace
+# a turn takes so long that SIGALRM would come, with a call of its own each time.
 PATCH = """
+kvmd_loop.STALL_LIMIT = kvmd_loop.NEXT_STALL_LIMIT = 1000
 if "--debug" in sys.argv: sys.argv.remove("--debug")
 kvmd.Notifier.ATTEMPTS = kvmd.Notifier.LATER_ATTEMPTS = 1000
 """

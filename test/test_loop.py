@@ -15,6 +15,7 @@ from deadline import wait_until
 from kvmd_loop import (
     LONGEST_WAIT,
     NEVER,
+    NEXT_STALL_LIMIT,
     RESUMED_PER_TURN,
     STALL_LIMIT,
     Loop,
@@ -44,7 +45,7 @@ def test_the_limit_on_stalls_ends_with_what_it_was_for_also_by_an_error(
     monkeypatch.setattr(signal, "setitimer", lambda _, *timer: timers.append(timer))
     with pytest.raises(ZeroDivisionError), limited_stalls():
         _ = 1 / 0
-    assert timers == [(STALL_LIMIT, STALL_LIMIT), (0,)]
+    assert timers == [(STALL_LIMIT, NEXT_STALL_LIMIT), (0,)]
 
 
 def test_no_timer_looks_at_the_clock(
