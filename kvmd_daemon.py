@@ -150,6 +150,7 @@ class Daemon:
         for monitor in list(self._instances.monitors.values()):
             if monitor.is_pending:
                 self._instances.perform(monitor, Monitor.retry_file)
+        self._journal.check()
         deadline = time.monotonic() + LAST_ATTEMPTS
         while not self._context.store.catch_up() and time.monotonic() < deadline:
             time.sleep(RETRY_INTERVAL / 100)

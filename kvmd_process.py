@@ -52,8 +52,8 @@ class PidFile:
                 # start-stop-daemon acts on no pid file that others than root may write.
                 os.fchown(self.fd, 0, 0)
             os.fchmod(self.fd, 0o600)
-            os.ftruncate(self.fd, 0)
-            os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+            # It is never empty for who reads it during a restart in place.
+            os.ftruncate(self.fd, os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0))
         except OSError as error:
             raise StartError(
                 f"cannot write the pid file {path}: {error.strerror}"
