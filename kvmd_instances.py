@@ -255,8 +255,8 @@ class Instances:
 
     def _instance_of(self, name: str) -> str | None:
         """Return the instance that a file name in the directory tells of."""
-        instance, suffix = os.path.splitext(name)
-        return instance if suffix in self._suffixes else None
+        instance, dot, suffix = name.rpartition(".")
+        return instance if instance and dot + suffix in self._suffixes else None
 
     # The directory.
 
