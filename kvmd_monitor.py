@@ -131,8 +131,10 @@ class Monitor:
 
     def drop_pending(self) -> None:
         """Don't carry out any more what could not be: another QEMU stands there."""
-        if self.is_pending:
-            self.last = None
+        if self.last is not None and self.last.is_pending:
+            self.last = self._context.files.supersede(
+                self.instance, self.last.ruling, self.last.event
+            )
             self._is_saved = False
             self._save()
 
@@ -157,6 +159,8 @@ class Monitor:
 
         One that is away for a moment, with its directory, may come back.
         """
+        if self.is_of_socket():
+            return False
         identity = socket_identity(self.path)
         return identity is not None and hash(identity) != self.identity
 
@@ -216,17 +220,18 @@ class Monitor:
             return
         if self.phase is Phase.WAITING:
             self._enter(Phase.CONNECTING)
-        patient = time.monotonic() - self.since < PATIENCE
+        is_dead = self.phase is Phase.DEAD
+        patient = not is_dead and time.monotonic() - self.since < PATIENCE
         if error.errno == errno.ENOENT:
             self._enter(Phase.GONE)
         elif error.errno == errno.EAGAIN or patient:
             self._try_again()
             # EAGAIN: the backlog is full, so somebody does listen.
-            if self.phase is Phase.DEAD:
+            if is_dead:
                 self._enter(Phase.CONNECTING)
             elif self.phase is Phase.CONNECTING and not patient:
                 self.on_overdue()
-        elif self.phase is not Phase.DEAD:
+        elif not is_dead:
             self._enter(Phase.DEAD)
             text = (
                 f"nobody to talk to on {self.path} ({error.strerror}); looking again at"
@@ -443,9 +448,14 @@ class Monitor:
         self._carry_out(Ruling(verdict, "unobserved"), None)
 
     def _carry_out(self, ruling: Ruling, event: float | None) -> None:
-        """Bring the shutdown file in line with a verdict, now or later."""
-        last = self._context.files.carry_out(self.instance, ruling, event)
-        self.last = last or self.last
+        """Bring the shutdown file in line with a verdict, now or later.
+
+        A file beside a new QEMU would be taken for a verdict on that one's guest.
+        """
+        carry_out = self._context.files.carry_out
+        if ruling.verdict is Verdict.USER and self.is_replaced():
+            carry_out = self._context.files.supersede
+        self.last = carry_out(self.instance, ruling, event) or self.last
         self._follow_file()
 
     def _follow_file(self) -> None:

@@ -39,10 +39,12 @@ class LastVerdict(
             when = f"{self.event:.6f}"
             if 0 <= self.time - self.event <= LONGEST_DELAY:
                 after = f"{(self.time - self.event) * 1000:.1f}ms"
-        return (
-            f"{Ruling(self.verdict, self.cause)} event={when} file={self.file}"
-            f" after={after}"
-        )
+        return f"{self.ruling} event={when} file={self.file} after={after}"
+
+    @property
+    def ruling(self) -> Ruling:
+        """The verdict and its cause."""
+        return Ruling(self.verdict, self.cause)
 
     @property
     def is_pending(self) -> bool:
@@ -96,7 +98,18 @@ class ShutdownFiles:
             outcome = self._remove(instance)
         if pending.verdict is Verdict.RUNNING and outcome == "none":
             return None
-        done = LastVerdict(*pending[:3], time.time(), outcome)
+        return self._conclude(instance, pending.ruling, pending.event, outcome)
+
+    def supersede(
+        self, instance: str, ruling: Ruling, event: float | None
+    ) -> LastVerdict:
+        """Leave the file alone: a new QEMU process has the instance's name."""
+        return self._conclude(instance, ruling, event, "superseded")
+
+    def _conclude(
+        self, instance: str, ruling: Ruling, event: float | None, outcome: str
+    ) -> LastVerdict:
+        done = LastVerdict(*ruling, event, time.time(), outcome)
         self._log.info(str(done), instance)
         return done
 

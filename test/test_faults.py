@@ -305,7 +305,7 @@ def test_a_new_process_ends_the_attempts_for_the_old_one(control_dir: Path) -> N
         successor.exit()
         wait_until(lambda: not status_table(daemon), "the instance is gone")
         assert not qemu.shutdown_file.exists()
-        assert daemon.log.count(": verdict=user ") == 1
+        assert " file=superseded " in daemon.wait_for_verdict(INSTANCE)
         daemon.stop()
 
 

@@ -339,8 +339,37 @@ def test_a_pending_file_is_not_made_beside_the_socket_of_a_new_qemu(
     monkeypatch.undo()
     successor = Monitor.restore(record, None, context)
     successor.on_timer()
-    assert not successor.is_pending
+    assert successor.last is not None and successor.last.file == "superseded"
     assert not fake_qemu.shutdown_file.exists()
+
+
+def test_a_shutdown_that_is_read_late_makes_no_file_beside_the_socket_of_a_new_qemu(
+    monitor: Monitor, fake_qemu: FakeQemu, control_dir: Path
+) -> None:
+    fake_qemu.send(USER_SHUTDOWN)
+    fake_qemu.path.unlink()
+    with FakeQemu(control_dir, INSTANCE) as new:
+        new.bind()
+        monitor.receive()
+        assert monitor.last is not None and monitor.last.file == "superseded"
+        assert not new.shutdown_file.exists()
+
+
+def test_a_dead_socket_comes_to_rest_though_it_is_looked_at_again(
+    context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", context)
+    monitor.connect()
+    pass_time(monkeypatch, PATIENCE)
+    monitor.connect()
+    assert monitor.phase is Phase.DEAD
+    size = os.path.getsize(context.journal.path)
+    list(context.loop.expired())
+    monitor.connect()  # as a rescan soon after that does
+    assert monitor.phase is Phase.DEAD
+    assert monitor.due is None
+    assert os.path.getsize(context.journal.path) == size
 
 
 # ---- A peer that costs ---------------------------------------------------------------

@@ -105,6 +105,22 @@ def test_a_powerdown_from_before_counts(
     assert not fake_qemu.shutdown_file.exists()
 
 
+def test_a_journal_that_somebody_has_removed_is_there_again_after_a_stop(
+    start: Start, fake_qemu: FakeQemu
+) -> None:
+    daemon = start()
+    negotiate(fake_qemu, daemon)
+    daemon.state_file.unlink()
+    fake_qemu.send(POWERDOWN)
+    fake_qemu.wait_until_read()
+    stop_and_start(daemon)
+    fake_qemu.disconnect()
+    fake_qemu.negotiate()
+    fake_qemu.send(USER_SHUTDOWN)
+    daemon.wait_for_verdict(INSTANCE)
+    assert verdicts(daemon) == [AFTER_POWERDOWN]
+
+
 @pytest.mark.parametrize("interrupt", [stop_and_start, crash])
 def test_a_verdict_that_was_written_is_not_written_again(
     start: Start, fake_qemu: FakeQemu, interrupt: Interrupt
@@ -160,7 +176,8 @@ def test_a_verdict_that_could_not_be_written_is_given_up_for_a_new_qemu(
     obstacle.unlink()
     negotiate_with_next(fake_qemu, daemon)
     assert not fake_qemu.shutdown_file.exists()
-    assert verdicts(daemon) == []
+    assert verdicts(daemon) == [USER]
+    assert " file=superseded " in daemon.wait_for_verdict(INSTANCE)
 
 
 def negotiate_with_next(fake_qemu: FakeQemu, daemon: Daemon) -> None:
