@@ -3,17 +3,17 @@
 `Inotify` is a thin wrapper over inotify(7). `DirectoryWatch` keeps watches on a
 directory and on every parent of it. While the directory is missing it waits at the
 deepest parent that exists, and goes down as the path is made; when any part of the
-path is removed or renamed away, it goes up again. The kernel's events become a few
-facts: the directory appeared or vanished, a name in it was created or removed, events
-were lost. A mount over a part of the path, or a symlink replaced, gives no event at
-all: `DirectoryWatch.follow` finds out.
+path is removed or renamed away, it goes up again. Of the kernel's events three things
+are told: the names in the directory that came or went, that the path changed, that
+events were lost. A mount over a part of the path, or a symlink replaced, gives no event
+at all: `DirectoryWatch.follow` finds out.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
-import enum
 import errno
 import os
 import struct
@@ -100,18 +100,10 @@ class Inotify:
         os.close(self._fd)
 
 
-class Fact(enum.Enum):
-    """What a `DirectoryWatch` has to tell."""
-
-    APPEARED = "appeared"
-    VANISHED = "vanished"
-    CREATED = "created"
-    REMOVED = "removed"
-    #: The path changed and leads to the same directory: a name that was looked up in
-    #: between may have been looked up elsewhere.
-    CHANGED = "changed"
-    LOST = "lost"
-
+#: What one read of the kernel's queue tells: the names in the directory that came or
+#: went, in order, each with whether it came; whether the path changed; whether events
+#: were lost.
+Changes = collections.namedtuple("Changes", "names path_changed events_lost")
 
 #: Each watch tells of the end of its own directory (IN_UNMOUNT comes unasked).
 SELF = IN_DELETE_SELF | IN_MOVE_SELF
@@ -156,39 +148,32 @@ class DirectoryWatch:
         """End all watches."""
         self._inotify.close()
 
-    def read(self) -> list[tuple[Fact, str]]:
-        """Return what one read of the kernel's queue tells, in order.
+    def read(self) -> Changes:
+        """Return what one read of the kernel's queue tells.
 
-        A fact is (CREATED or REMOVED, name) or (any other, ""). Raises OSError when
-        the watches that have to be moved can't be set.
+        After a change of the path, or a loss, `follow` is to be called. Names that came
+        or went since are to be looked for then: nothing told of them.
         """
-        facts: list[tuple[Fact, str]] = []
-        path_changed = False
+        names = []
+        path_changed = events_lost = False
         for wd, mask, name in self._inotify.read():
             # An overflow has no watch descriptor: it is asked for first.
             if mask & IN_Q_OVERFLOW:
-                facts.append((Fact.LOST, ""))
-                path_changed = True
+                events_lost = True
             elif wd == self.target and name:
-                created = mask & (IN_CREATE | IN_MOVED_TO)
-                facts.append((Fact.CREATED if created else Fact.REMOVED, name))
+                names.append((name, bool(mask & (IN_CREATE | IN_MOVED_TO))))
             elif wd in self._below and name in ("", self._below[wd]):
                 path_changed = True
-        if path_changed:
-            facts += self.follow()
-            is_told = any(not name for _, name in facts)
-            if self.target is not None and not is_told:
-                facts.append((Fact.CHANGED, ""))
-        return facts
+        return Changes(names, path_changed, events_lost)
 
-    def follow(self) -> list[tuple[Fact, str]]:
-        """Set the watches on what the path means now; return what that changed.
+    def follow(self) -> None:
+        """Set the watches on what the path means now.
 
         Nothing is missed in between: the watches are set, then set once more, and
         hold when the second pass has met the same inodes as the first. What happens
         after it gives an event. Raises OSError (ENOSPC, ENOMEM) when out of watches.
         """
-        old_target, passed = self.target, set(self._below)
+        passed = set(self._below)
         watches = self._watch_path()
         for _ in range(self.PASSES):
             passed.update(watches[1])
@@ -201,12 +186,6 @@ class DirectoryWatch:
             # Its directory may be gone, and the watch with it.
             with contextlib.suppress(OSError):
                 self._inotify.rm_watch(wd)
-        facts = []
-        if old_target is not None and old_target != self.target:
-            facts.append((Fact.VANISHED, ""))
-        if self.target is not None and old_target != self.target:
-            facts.append((Fact.APPEARED, ""))
-        return facts
 
     def _watch_path(self) -> tuple[int | None, dict[int, str], bool]:
         """Watch the directory and its parents, from below: one pass.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from kvmd_context import MonitorContext, Phase
-from kvmd_inotify import DirectoryWatch, Fact
+from kvmd_inotify import DirectoryWatch
 from kvmd_loop import NEVER
 from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor
 from kvmd_shutdown_file import LastVerdict
@@ -158,9 +158,10 @@ class Instances:
             self._find_again(monitor)
             return
         suffix = self._best_suffix(instance)
+        if monitor is not None and monitor.suffix != suffix:
+            self.perform(monitor, Monitor.on_removed)
+            monitor = self.monitors.get(instance)
         if suffix is None:
-            if monitor is not None:
-                self.perform(monitor, Monitor.on_removed)
             return
         is_known = monitor is not None and monitor.suffix == suffix
         if monitor is not None and is_known and not monitor.is_replaced():
@@ -266,12 +267,16 @@ class Instances:
             if self._watch is None:
                 self._watch = DirectoryWatch(self._directory)
                 self._context.loop.register(self._watch, self)
-            facts = self._watch.follow()
+            before = self._watch.target
+            self._watch.follow()
         except OSError as error:
             self._lose_watch(error)
         else:
             self._log.end_trouble(NO_INOTIFY)
-            self._report(facts)
+            if before not in (None, self._watch.target):
+                self._log.info(f"{self._directory} is gone; waiting for it")
+            if self._watch.target not in (None, before):
+                self._log.info(f"watching {self._directory}")
         self._reconcile()
         self._plan_rescan()
         phases = [monitor.phase for monitor in self.monitors.values()]
@@ -307,27 +312,24 @@ class Instances:
 
     def receive(self) -> None:
         """Take what the kernel tells of the directory."""
-        if self._watch is None:
-            return
-        try:
-            facts = self._watch.read()
-        except OSError as error:
-            self._lose_watch(error)
-            return
-        for fact, name in facts:
+        assert self._watch is not None
+        changes = self._watch.read()
+        for name, has_come in changes.names:
+            self._log.debug(f"watch: {name} has {'come' if has_come else 'gone'}")
             instance = self._instance_of(name)
             if instance is None:
                 continue
-            if fact is Fact.REMOVED:
-                self._drop_name(instance, name)
-            else:
+            if has_come:
                 self._look_for(instance)
-        if self._report(facts):
-            self._reconcile()
-            self._plan_rescan()
-        elif not self._watch.settled:
-            soon = time.monotonic() + POLL_INTERVAL
-            self.next_rescan = min(self.next_rescan, soon)
+            else:
+                self._drop_name(instance, name)
+        if changes.events_lost:
+            self._log.warning(
+                "the kernel's queue of file events ran over; looking at all of"
+                f" {self._directory}"
+            )
+        if changes.path_changed or changes.events_lost:
+            self.rescan()
 
     def _drop_name(self, instance: str, name: str) -> None:
         if name != instance + self._suffixes[0]:
@@ -336,23 +338,6 @@ class Instances:
         if monitor is not None and name == instance + monitor.suffix:
             # The event may be an old one: then `_forget` finds what stands there now.
             self.perform(monitor, Monitor.on_removed)
-
-    def _report(self, facts: list[tuple[Fact, str]]) -> bool:
-        """Log what happened to the directory; tell whether to look at all of it."""
-        look = False
-        for fact, name in facts:
-            self._log.debug(f"watch: {fact.value} {name}")
-            look |= not name
-            if fact is Fact.APPEARED:
-                self._log.info(f"watching {self._directory}")
-            elif fact is Fact.VANISHED:
-                self._log.info(f"{self._directory} is gone; waiting for it")
-            elif fact is Fact.LOST:
-                self._log.warning(
-                    "the kernel's queue of file events ran over; looking at all of"
-                    f" {self._directory}"
-                )
-        return look
 
     def _reconcile(self) -> None:
         """Have the monitors brought in line with what is in the directory."""

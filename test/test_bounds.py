@@ -291,7 +291,7 @@ def test_without_inotify_it_looks_every_second_and_goes_back(
         run_beside(daemon, limit(what, 1000))
         daemon.wait_for_log(INOTIFY_AGAIN)
         later.listen()
-        daemon.wait_for_log(" watch: created later.kvmd")
+        daemon.wait_for_log(" watch: later.kvmd")
         later.negotiate()
         daemon.wait_until_connected("later")
         assert len(re.findall(NO_INOTIFY.format(what), daemon.log)) == 1

@@ -93,6 +93,7 @@ def test_a_new_qemu_in_the_place_of_one_that_crashed_gets_a_monitor_of_its_own(
     old.guest.on_event("POWERDOWN", None, None)
     fake_qemu.listen()
     instances.perform(old, attempt)
+    instances.receive()
     new = instances.monitors[INSTANCE]
     assert new is not old
     assert new.connection is not None
@@ -154,6 +155,7 @@ def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
     assert old.phase is Phase.CONNECTING
     qmp.listen()
     auto.perform(old, Monitor.on_timer)
+    auto.receive()
     assert auto.monitors == {}
     pass_time(monkeypatch, SETTLING_TIME)
     auto.on_timer()

@@ -29,16 +29,16 @@ from kvmd_inotify import (
     IN_MOVED_FROM,
     IN_MOVED_TO,
     IN_Q_OVERFLOW,
+    Changes,
     DirectoryWatch,
-    Fact,
     Inotify,
     parse_events,
 )
 
-APPEARED = (Fact.APPEARED, "")
-VANISHED = (Fact.VANISHED, "")
-CHANGED = (Fact.CHANGED, "")
-LOST = (Fact.LOST, "")
+# What `facts` tells of the directory, beside the names in it.
+APPEARED = "the directory appeared"
+VANISHED = "the directory vanished"
+LOST = "events were lost"
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 AT_FDCWD = -100
@@ -95,11 +95,26 @@ def is_readable(watch: DirectoryWatch) -> bool:
     return bool(select.select([watch], [], [], 0)[0])
 
 
-def facts(watch: DirectoryWatch) -> list[tuple[Fact, str]]:
-    """Return all that is to be told at the moment."""
+def follow(watch: DirectoryWatch) -> list[str]:
+    """Follow the path; return what that changed."""
+    before = watch.target
+    watch.follow()
+    told = []
+    if before not in (None, watch.target):
+        told.append(VANISHED)
+    if watch.target not in (None, before):
+        told.append(APPEARED)
+    return told
+
+
+def facts(watch: DirectoryWatch) -> list[str]:
+    """Follow the path as long as it changes; return all that there is to be told."""
     told = []
     while is_readable(watch):
-        told += watch.read()
+        names, path_changed, events_lost = watch.read()
+        told += [name for name, _ in names] + [LOST] * events_lost
+        if path_changed or events_lost:
+            told += follow(watch)
     return told
 
 
@@ -119,7 +134,7 @@ def assert_at_work(watch: DirectoryWatch) -> None:
     name = path / "web1.kvmd"
     name.touch()
     name.unlink()
-    assert facts(watch) == [(Fact.CREATED, name.name), (Fact.REMOVED, name.name)]
+    assert facts(watch) == [name.name, name.name]
     assert watch.settled
     assert kernel_watches(watch) == len(path.resolve().parents) + 1
 
@@ -134,7 +149,7 @@ def event(wd: int, mask: int, name: bytes = b"") -> bytes:
     return struct.pack("iIII", wd, mask, 0, len(name)) + name
 
 
-def hear(watch: DirectoryWatch, *events: bytes) -> list[tuple[Fact, str]]:
+def hear(watch: DirectoryWatch, *events: bytes) -> Changes:
     """Return what the watch makes of one read that brings these events."""
     made_up = pytest.MonkeyPatch()
     made_up.setattr(Inotify, "read", lambda _: parse_events(b"".join(events)))
@@ -172,27 +187,24 @@ def test_names_that_come_and_go_are_told_in_order(watch: DirectoryWatch) -> None
         event(watch.target, IN_MOVED_TO, b"b"),
         event(watch.target, IN_MOVED_FROM, b"c"),
     )
-    assert told == [
-        (Fact.CREATED, "a"),
-        (Fact.REMOVED, "a"),
-        (Fact.CREATED, "b"),
-        (Fact.REMOVED, "c"),
-    ]
+    names = [("a", True), ("a", False), ("b", True), ("c", False)]
+    assert told == (names, False, False)
 
 
 def test_overflow_has_no_watch_descriptor_and_is_told(watch: DirectoryWatch) -> None:
-    assert hear(watch, event(-1, IN_Q_OVERFLOW)) == [LOST]
+    assert hear(watch, event(-1, IN_Q_OVERFLOW)) == ([], False, True)
 
 
 def test_overflow_is_told_while_the_directory_is_missing(ctrl: Path) -> None:
     with watching(ctrl) as watch:
-        assert hear(watch, event(-1, IN_Q_OVERFLOW)) == [LOST]
+        assert hear(watch, event(-1, IN_Q_OVERFLOW)) == ([], False, True)
 
 
 def test_what_came_before_an_overflow_is_told_too(watch: DirectoryWatch) -> None:
     assert watch.target is not None
     created = event(watch.target, IN_CREATE, b"a")
-    assert hear(watch, created, event(-1, IN_Q_OVERFLOW)) == [(Fact.CREATED, "a"), LOST]
+    told = hear(watch, created, event(-1, IN_Q_OVERFLOW))
+    assert told == ([("a", True)], False, True)
 
 
 def test_events_of_forgotten_watches_mean_nothing(watch: DirectoryWatch) -> None:
@@ -203,7 +215,7 @@ def test_events_of_forgotten_watches_mean_nothing(watch: DirectoryWatch) -> None
         event(12345, IN_CREATE, b"web1.kvmd"),
         event(12345, IN_CREATE, b"ctrl"),
     )
-    assert told == []
+    assert told == ([], False, False)
     assert_at_work(watch)
 
 
@@ -246,8 +258,8 @@ def test_directory_is_moved_in_place_with_its_parents(
 def test_directory_that_is_there_appears_once(ctrl: Path) -> None:
     make(ctrl)
     with closing(DirectoryWatch(str(ctrl))) as watch:
-        assert watch.follow() == [APPEARED]
-        assert watch.follow() == []
+        assert follow(watch) == [APPEARED]
+        assert follow(watch) == []
         assert_at_work(watch)
 
 
@@ -330,7 +342,8 @@ def test_directory_that_was_away_for_a_moment_is_to_be_looked_at(
     part = parts(ctrl)[depth]
     part.rename(node / "away")
     (node / "away").rename(part)
-    assert facts(watch) == [CHANGED]
+    assert watch.read().path_changed
+    assert follow(watch) == []
     assert_at_work(watch)
 
 
@@ -436,7 +449,7 @@ def test_swapped_symlink_is_followed_when_asked(node: Path, ctrl: Path) -> None:
     with watching(node / "link" / "ganeti" / "ctrl") as watch:
         (node / "new").symlink_to("other")
         (node / "new").rename(node / "link")
-        assert watch.follow() == [VANISHED, APPEARED]
+        assert follow(watch) == [VANISHED, APPEARED]
         (ctrl / "x.kvmd").touch()
         assert facts(watch) == []
         assert_at_work(watch)
@@ -494,7 +507,7 @@ def test_mount_over_the_path_is_followed_when_asked_and_its_end_by_itself(
             mount_tmpfs(mount_point)
             assert facts(watch) == []
             make(ctrl)
-            assert watch.follow() == [VANISHED, APPEARED]
+            assert follow(watch) == [VANISHED, APPEARED]
             assert_at_work(watch)
             unmount(mount_point)
             assert facts(watch) == [VANISHED, APPEARED]
@@ -613,7 +626,7 @@ def test_what_happens_in_a_file_of_the_directory_wakes_nobody(
     ctrl: Path, watch: DirectoryWatch
 ) -> None:
     (ctrl / "web1.pid").touch()
-    assert facts(watch) == [(Fact.CREATED, "web1.pid")]
+    assert facts(watch) == ["web1.pid"]
     (ctrl / "web1.pid").write_text("1\n")
     (ctrl / "web1.pid").read_text()
     (ctrl / "web1.pid").chmod(0o600)
