@@ -7,7 +7,6 @@ log, loop, journal, shutdown files and descriptor store.
 from __future__ import annotations
 
 import collections
-import contextlib
 import enum
 import errno
 import os
@@ -35,6 +34,7 @@ PATIENCE = 10.0
 RESERVED_DESCRIPTORS = 12
 #: Seconds for which the names that are listened on are not read again.
 LISTENING_LIFETIME = 1.0
+UNLISTED = "which sockets are listened on can't be told; leaving each .qmp alone"
 
 
 class Phase(str, enum.Enum):
@@ -75,8 +75,9 @@ class MonitorContext:
         self.journal: Journal
         self.files = ShutdownFiles(control_dir, log)
         self._connection_limit = descriptor_limit - RESERVED_DESCRIPTORS
-        #: The names that were listened on, until they are to be read again.
-        self._listening: set[str] = set()
+        #: The names that were listened on, until they are to be read again; None if
+        #: they can't be read.
+        self._listening: set[str] | None = None
         self._end_of_listening = 0.0
         #: Monitors that await a greeting, in the order in which they connected: a timer
         #: for each would take more room than the rest of the monitor.
@@ -98,17 +99,24 @@ class MonitorContext:
             raise
         return connected
 
-    def is_listened_on(self, name: str) -> bool:
+    def is_listened_on(self, name: str) -> bool | None:
         """Tell whether somebody listens on a name in the directory, there or not.
 
         All such names are read at once, and not again for a second: that takes long.
+        Returns None if they can't be read.
         """
         now = time.monotonic()
         if now >= self._end_of_listening:
             self._end_of_listening = now + LISTENING_LIFETIME
-            with contextlib.suppress(OSError):
+            try:
                 self._listening = listening_names(self.control_dir)
-        return name in self._listening
+                self.log.end_trouble(UNLISTED)
+            except OSError as error:
+                self._listening = None
+                self.log.begin_trouble(
+                    UNLISTED, f"{error.filename}: {error.strerror}; trying again"
+                )
+        return None if self._listening is None else name in self._listening
 
     def expect_greeting(self, monitor: Monitor) -> None:
         """Have the monitor returned by `overdue` if it is not greeted in time."""

@@ -18,11 +18,7 @@ from kvmd_inotify import DirectoryWatch
 from kvmd_loop import NEVER
 from kvmd_monitor import OUT_OF_DESCRIPTORS, Monitor
 from kvmd_shutdown_file import LastVerdict
-from kvmd_socket import (
-    LONGEST_SOCKET_PATH,
-    listening_names,
-    socket_status,
-)
+from kvmd_socket import LONGEST_SOCKET_PATH, socket_status
 
 #: What `--socket-suffix` stands for: the suffixes of monitor sockets, best first.
 SUFFIXES = {
@@ -31,6 +27,7 @@ SUFFIXES = {
     ".qmp": (".qmp",),
 }
 #: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
+#: At least LISTENING_LIFETIME: the names that are listened on are read after it began.
 SETTLING_TIME = 1.0
 #: Seconds at least between looks at those that have.
 SETTLING_INTERVAL = 0.1
@@ -45,7 +42,6 @@ LAST_READS = 64
 NO_INOTIFY = "inotify does not work"
 UNSETTLED = "the control directory's path can't be watched as a whole"
 UNREADABLE = "the control directory can't be read"
-UNLISTED = "which sockets are listened on can't be told; leaving each .qmp alone"
 
 
 class Instances:
@@ -72,8 +68,6 @@ class Instances:
         self._lone: dict[str, float] = {}
         #: When the first of them will be looked at (time.monotonic()).
         self.due: float | None = None
-        #: Warnings about paths that were logged already: each is logged once.
-        self._told: set[str] = set()
 
     @property
     def is_waiting_for_directory(self) -> bool:
@@ -190,10 +184,10 @@ class Instances:
                 continue
             if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
                 return suffix
-            self._tell_once(
-                path,
-                "ignored, for its path is longer than the"
-                f" {LONGEST_SOCKET_PATH} bytes that a socket's may have",
+            self._log.begin_trouble(
+                f"{path}: ignored",
+                f"its path is longer than the {LONGEST_SOCKET_PATH} bytes that a"
+                " socket's may have",
             )
         return None
 
@@ -201,30 +195,14 @@ class Instances:
         """Use what has stood alone for long enough."""
         now = time.monotonic()
         settled = [instance for instance, due in self._lone.items() if due <= now]
-        if settled:
-            self._use_lone_sockets(settled)
+        for instance in settled:
+            del self._lone[instance]
+            self._use_lone_socket(instance)
         if self._lone:
             delay = min(self._lone.values()) - now
             self._context.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
 
-    def _use_lone_sockets(self, instances: list[str]) -> None:
-        """Use them, or try again later.
-
-        For all of them the names that are listened on are read once: it takes long.
-        """
-        try:
-            listening = listening_names(self._directory)
-        except OSError as error:
-            self._log.begin_trouble(UNLISTED, f"{error.filename}: {error.strerror}")
-            later = time.monotonic() + SETTLING_TIME
-            self._lone.update(dict.fromkeys(instances, later))
-            return
-        self._log.end_trouble(UNLISTED)
-        for instance in instances:
-            self._lone.pop(instance)
-            self._use_lone_socket(instance, listening)
-
-    def _use_lone_socket(self, instance: str, listening: set[str]) -> None:
+    def _use_lone_socket(self, instance: str) -> None:
         """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
         suffix = self._best_suffix(instance)
         monitor = self.monitors.get(instance)
@@ -232,27 +210,23 @@ class Instances:
             return
         better = instance + self._suffixes[0]
         path = f"{self._directory}/{instance}{suffix}"
-        if better in listening:
-            self._tell_once(
-                path,
-                f"left to Ganeti, though somebody has removed {better}, on which QEMU"
-                " still listens; the instance is not monitored until it gets a new"
-                f" QEMU: gnt-instance reboot {instance}",
+        is_listened_on = self._context.is_listened_on(better)
+        if is_listened_on is None:
+            self._lone[instance] = time.monotonic() + SETTLING_TIME
+        elif is_listened_on:
+            self._log.begin_trouble(
+                f"{path}: left to Ganeti",
+                f"somebody has removed {better}, on which QEMU still listens; the"
+                " instance is not monitored until it gets a new QEMU: gnt-instance"
+                f" reboot {instance}",
             )
-            return
-        self._tell_once(
-            path,
-            f"used, since there is no {better}: Ganeti can't use it meanwhile (every"
-            " Ganeti since 2.11.1 makes both; to have both: gnt-instance reboot"
-            f" {instance})",
-        )
-        self._start(instance, str(suffix))
-
-    def _tell_once(self, path: str, text: str) -> None:
-        warning = f"{path}: {text}"
-        if warning not in self._told:
-            self._told.add(warning)
-            self._log.warning(warning)
+        else:
+            self._log.begin_trouble(
+                f"{path}: used, since there is no {better}",
+                "Ganeti can't use it meanwhile (every Ganeti since 2.11.1 makes both;"
+                f" to have both: gnt-instance reboot {instance})",
+            )
+            self._start(instance, str(suffix))
 
     def _instance_of(self, name: str) -> str | None:
         """Return the instance that a file name in the directory tells of."""

@@ -562,7 +562,7 @@ def test_a_qmp_is_left_to_ganeti_while_qemu_listens_on_a_removed_kvmd(
     kvmd.path.unlink()
     with Daemon(control_dir) as daemon:
         daemon.wait_for_log(
-            f" WARNING .*{INSTANCE}.qmp: left to Ganeti, .*"
+            f" WARNING .*{INSTANCE}.qmp: left to Ganeti: .*"
             f" gnt-instance reboot {INSTANCE}$"
         )
         assert not is_called_on(qmp)
@@ -596,16 +596,16 @@ def test_a_qmp_that_was_used_once_and_is_left_to_ganeti_now_is_told_of_anew(
         kvmd.listen()
         kvmd.path.unlink()
         qmp.listen()
-    daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: left to Ganeti, ")
+    daemon.wait_for_log(f" WARNING .*{INSTANCE}.qmp: left to Ganeti: ")
 
 
 def test_many_a_qmp_that_is_alone_takes_one_look_at_who_listens(
     control_dir: Path, make_fake_qemu: StartFakeQemu
 ) -> None:
-    look = "names = kvmd_instances.listening_names\n"
+    look = "names = kvmd_context.listening_names\n"
     count = "lambda path: print('looked', file=sys.stderr) or names(path)"
     program = program_with(
-        control_dir.parent, f"{look}kvmd_instances.listening_names = {count}"
+        control_dir.parent, f"{look}kvmd_context.listening_names = {count}"
     )
     for number in range(100):
         make_fake_qemu(f"web{number}", ".qmp").listen()
@@ -638,4 +638,4 @@ def test_a_kvmd_with_too_long_a_path_does_not_hide_the_qmp(
         qmp.listen()
         qmp.negotiate()
         daemon.wait_until_connected(name)
-        daemon.wait_for_log(f" WARNING .*{name}.kvmd: ignored, for its path is longer ")
+        daemon.wait_for_log(f" WARNING .*{name}.kvmd: ignored: its path is longer ")

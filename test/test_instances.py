@@ -201,7 +201,7 @@ def test_at_a_usual_start_or_end_nobody_is_asked_who_listens(
     def fail(_directory: str) -> set[str]:
         raise AssertionError("that takes long")
 
-    monkeypatch.setattr("kvmd_instances.listening_names", fail)
+    monkeypatch.setattr("kvmd_context.listening_names", fail)
     pass_time(monkeypatch, SETTLING_TIME)
     auto.on_timer()
 
