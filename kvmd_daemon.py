@@ -223,10 +223,7 @@ class Daemon:
 
     def _serve_timers(self) -> None:
         for owner in itertools.islice(self._loop.expired(), TIMERS_PER_TURN):
-            if isinstance(owner, Monitor):
-                self._instances.perform(owner, Monitor.on_timer)
-            else:
-                owner.on_timer()
+            self._instances.perform(owner, Monitor.on_timer)
         for monitor in self._context.overdue():
             self._instances.perform(monitor, Monitor.on_overdue)
         if time.monotonic() >= self._instances.next_rescan:

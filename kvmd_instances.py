@@ -29,8 +29,6 @@ SUFFIXES = {
 #: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
 #: At least LISTENING_LIFETIME: the names that are listened on are read after it began.
 SETTLING_TIME = 1.0
-#: Seconds at least between looks at those that have.
-SETTLING_INTERVAL = 0.1
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
 #: Instances that one turn looks at, when all are looked at: each may take a new
@@ -64,10 +62,9 @@ class Instances:
         self._suffixes = suffixes
         self._rescan_interval = rescan_interval or NEVER
         self._watch: DirectoryWatch | None = None
-        #: Instance -> when its second-best socket will have stood alone for so long.
+        #: Instance -> when its second-best socket will have stood alone for so long,
+        #: the first one first (time.monotonic()).
         self._lone: dict[str, float] = {}
-        #: When the first of them will be looked at (time.monotonic()).
-        self.due: float | None = None
 
     @property
     def is_waiting_for_directory(self) -> bool:
@@ -76,7 +73,8 @@ class Instances:
 
     def deadline(self) -> float:
         """Return when `rescan` or `check_some` is to be called at the latest."""
-        return time.monotonic() if self._unchecked else self.next_rescan
+        next_lone = next(iter(self._lone.values()), NEVER)
+        return time.monotonic() if self._unchecked else min(self.next_rescan, next_lone)
 
     def records(self) -> Iterable[dict[str, object]]:
         """Return the records of all instances."""
@@ -169,8 +167,6 @@ class Instances:
             monitor = None
         if (monitor is None or monitor.is_idle()) and instance not in self._lone:
             self._lone[instance] = time.monotonic() + SETTLING_TIME
-            if self.due is None:
-                self._context.loop.set_timer(self, SETTLING_TIME)
 
     def _find_again(self, monitor: Monitor) -> None:
         """Take note that a monitor's own socket is there; it may have been away."""
@@ -190,17 +186,6 @@ class Instances:
                 " socket's may have",
             )
         return None
-
-    def on_timer(self) -> None:
-        """Use what has stood alone for long enough."""
-        now = time.monotonic()
-        settled = [instance for instance, due in self._lone.items() if due <= now]
-        for instance in settled:
-            del self._lone[instance]
-            self._use_lone_socket(instance)
-        if self._lone:
-            delay = min(self._lone.values()) - now
-            self._context.loop.set_timer(self, max(delay, SETTLING_INTERVAL))
 
     def _use_lone_socket(self, instance: str) -> None:
         """Monitor a .qmp, unless QEMU listens on a .kvmd whose name was removed."""
@@ -328,7 +313,15 @@ class Instances:
         self._unchecked = [*(instances | self.monitors.keys())]
 
     def check_some(self) -> None:
-        """Bring some more monitors in line with what is in the directory."""
+        """Bring some more monitors in line with what is in the directory.
+
+        Use what has stood alone for long enough.
+        """
+        now = time.monotonic()
+        while self._lone and next(iter(self._lone.values())) <= now:
+            instance = next(iter(self._lone))
+            del self._lone[instance]
+            self._use_lone_socket(instance)
         for instance in self._unchecked[-CHECKS_PER_TURN:]:
             monitor = self.monitors.get(instance)
             if monitor is not None and monitor.phase is Phase.DEAD:

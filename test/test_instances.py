@@ -148,7 +148,7 @@ def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
     qmp.listen()
     check_all(auto)
     pass_time(monkeypatch, SETTLING_TIME)
-    auto.on_timer()
+    auto.check_some()
     old = auto.monitors[INSTANCE]
     qmp.crash()
     auto.perform(old, Monitor.receive)
@@ -158,7 +158,7 @@ def test_after_a_crash_too_a_qmp_stands_alone_for_a_while_before_it_is_used(
     auto.receive()
     assert auto.monitors == {}
     pass_time(monkeypatch, SETTLING_TIME)
-    auto.on_timer()
+    auto.check_some()
     assert auto.monitors[INSTANCE].connection is not None
 
 
@@ -172,10 +172,10 @@ def test_a_qmp_that_was_away_has_to_stand_alone_for_a_while_again(
     qmp.listen()
     auto.receive()
     pass_time(monkeypatch, 0.9 * SETTLING_TIME)
-    auto.on_timer()
+    auto.check_some()
     assert auto.monitors == {}
     pass_time(monkeypatch, 0.2 * SETTLING_TIME)
-    auto.on_timer()
+    auto.check_some()
     assert auto.monitors[INSTANCE].connection is not None
 
 
@@ -203,7 +203,7 @@ def test_at_a_usual_start_or_end_nobody_is_asked_who_listens(
 
     monkeypatch.setattr("kvmd_context.listening_names", fail)
     pass_time(monkeypatch, SETTLING_TIME)
-    auto.on_timer()
+    auto.check_some()
 
 
 # ---- What goes wrong -----------------------------------------------------------------

@@ -166,19 +166,21 @@ class Overdue(Loop):
     def expired(self) -> Iterator[Overdue]:
         return itertools.repeat(self, 1000)
 
-    def on_timer(self) -> None:
+    def serve(self, _owner: object, _step: object) -> None:
         self.served[-1] += 1
 
 
 def test_a_turn_brings_few_of_those_back_that_were_left_alone(
-    context: MonitorContext, tmp_path: Path
+    context: MonitorContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context.loop = loop = Overdue()
+    instances = Instances(context, (".kvmd",), 0)
+    monkeypatch.setattr(instances, "perform", loop.serve)
     daemon = Daemon(
         context,
         Notifier({}),
         str(tmp_path / "state"),
-        Instances(context, (".kvmd",), 0),
+        instances,
         Restart([], context.log),
     )
     loop.end = daemon.stop
