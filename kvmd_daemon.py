@@ -17,15 +17,13 @@ import socket
 import time
 from collections.abc import Callable
 
-from kvmd_context import MonitorContext, Phase
+from kvmd_context import MonitorContext
 from kvmd_instances import Instances
 from kvmd_journal import Contents, Journal
 from kvmd_loop import NEVER, Signals, limited_stalls
 from kvmd_monitor import Monitor, describe
 from kvmd_restart import Restart
-from kvmd_shutdown_file import LastVerdict
 from kvmd_systemd import RETRY_INTERVAL, Notifier
-from kvmd_verdict import Guest
 from kvmd_version import VERSION
 
 #: Timers that are served in one turn, for each may be an attempt to connect, and lines
@@ -116,14 +114,7 @@ class Daemon:
         for instance, record in earlier.records.items():
             connected = sockets.get(record.get("connection"))
             try:
-                last = LastVerdict.restore(record.get("last"))
-                is_over = (
-                    record["phase"] == Phase.GONE
-                    and not Guest.restore(record["guest"]).is_alive
-                )
-                if is_over and last is not None and not last.is_pending:
-                    self._journal.gone[instance] = record
-                elif self._instances.restore(record, connected):
+                if self._instances.restore(record, connected):
                     sockets.pop(record.get("connection"), None)
             except UNUSABLE as error:
                 problem = f"{error!r}: the record of {instance}"

@@ -99,12 +99,16 @@ class Instances:
     ) -> bool:
         """Go on with a monitor of an earlier daemon; tell whether it is wanted.
 
+        Of what is gone for good, only the record is kept.
         Raises ValueError, TypeError, KeyError for what is no record.
         """
         if record["suffix"] not in self._suffixes:
             return False  # started with other options: it is to be let go
         monitor = Monitor.restore(record, connected, self._context)
-        self.monitors[monitor.instance] = monitor
+        if monitor.phase is Phase.GONE and monitor.is_idle():
+            self._context.journal.gone[monitor.instance] = record
+        else:
+            self.monitors[monitor.instance] = monitor
         return True
 
     def _start(self, instance: str, suffix: str) -> None:
@@ -116,7 +120,7 @@ class Instances:
             monitor.last = old.last
         gone = self._context.journal.gone.pop(instance, None)
         if old is None and gone is not None:
-            monitor.last = LastVerdict.restore(gone["last"])
+            monitor.last = LastVerdict.restore(gone.get("last"))
         self._lone.pop(instance, None)
         self.monitors[instance] = monitor
         self.perform(monitor, Monitor.connect)

@@ -519,7 +519,7 @@ class Monitor:
             context.loop.register(connection, monitor)
             if phase is not Phase.CONNECTED:
                 monitor._negotiate()
-        elif phase is Phase.ENDED:
+        elif phase in {Phase.ENDED, Phase.GONE}:
             monitor.phase = phase
         if connected is None or monitor.is_pending:
             context.loop.set_timer(monitor, FIRST_DELAY)
