@@ -90,7 +90,7 @@ def why_ignored(path: str) -> str | None:
     """Return why the daemon would not connect to what is there, None if it would."""
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         return f"longer than the {LONGEST_SOCKET_PATH} bytes of a socket's path"
-    return None if socket_identity(path) else "no socket"
+    return "no socket" if socket_identity(path) is None else None
 
 
 def check_instance(

@@ -143,26 +143,26 @@ class Monitor:
 
         Whatever else may have been done to the file, it is the same QEMU's.
         """
-        if self.identity is None:
-            return False
-        status = socket_status(self.path)
-        if status is None:
-            return False
-        if status != self._status:
-            if hash(socket_identity(self.path)) != self.identity:
-                return False
-            self._status = status or None
-        return True
+        return self.identity is not None and self._identity_at_path() == self.identity
 
     def is_replaced(self) -> bool:
         """Tell whether another socket stands at the path, which is another QEMU's.
 
         One that is away for a moment, with its directory, may come back.
         """
-        if self.is_of_socket():
-            return False
+        return self._identity_at_path() not in {None, self.identity}
+
+    def _identity_at_path(self) -> int | None:
+        """Return the identity of the socket at the path, None if there is none."""
+        status = socket_status(self.path)
+        if status is None:
+            return None
+        if status == self._status:
+            return self.identity
         identity = socket_identity(self.path)
-        return identity is not None and hash(identity) != self.identity
+        if identity == self.identity:
+            self._status = status or None
+        return identity
 
     # Connecting.
 
@@ -188,12 +188,10 @@ class Monitor:
 
         The first one that it finds is. Another is a new QEMU's, for a new monitor.
         """
-        if self.is_of_socket():
-            return True
-        identity = socket_identity(self.path)
-        if identity is not None and self.identity is None:
-            self.identity = hash(identity)
-        return identity is not None and hash(identity) == self.identity
+        if self.identity is None:
+            self.identity = socket_identity(self.path)
+            return self.identity is not None
+        return self.is_of_socket()
 
     def _negotiate(self) -> None:
         """Negotiate on a connection that was not greeted yet.

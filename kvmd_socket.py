@@ -75,7 +75,7 @@ def socket_status(path: str) -> int | None:
     return hash((status.st_dev, status.st_ino, status.st_ctime_ns))
 
 
-def socket_identity(path: str) -> tuple[int, int, int] | None:
+def socket_identity(path: str) -> int | None:
     """Return what tells the socket at a path from a later one, None if there is none.
 
     It is the same after utime, chmod, chown, link and rename, whoever does them. It
@@ -87,7 +87,7 @@ def socket_identity(path: str) -> tuple[int, int, int] | None:
     birth = _birth(os.fsencode(path))
     if birth is None:
         return None
-    return status.st_dev, status.st_ino, birth or status.st_mtime_ns
+    return hash((status.st_dev, status.st_ino, birth or status.st_mtime_ns))
 
 
 def _stat_socket(path: str) -> os.stat_result | None:

@@ -112,7 +112,7 @@ def test_where_neither_is_known_the_time_of_the_last_change_has_to_do(
     fake_qemu.bind()
     os.utime(fake_qemu.path, ns=(1, 5))
     status = fake_qemu.path.stat()
-    expected = (status.st_dev, status.st_ino, 5)
+    expected = hash((status.st_dev, status.st_ino, 5))
     assert kvmd_socket.socket_identity(str(fake_qemu.path)) == expected
 
 
