@@ -144,8 +144,10 @@ def check_instances(
 ) -> Iterator[Finding]:
     """Judge all monitor sockets, without connecting to any (see `check_instance`)."""
     clients = read_clients(control_dir, daemon)
-    parts = map(os.path.splitext, {*names, *clients})
-    instances = {name for name, suffix in parts if suffix in SUFFIXES["auto"]}
+    parts = [name.rpartition(".") for name in {*names, *clients}]
+    instances = {
+        name for name, dot, suffix in parts if name and dot + suffix in SUFFIXES["auto"]
+    }
     for instance in sorted(instances):
         path = os.path.join(control_dir, instance)
         yield from check_instance(path, names, suffixes, clients, daemon)

@@ -1,12 +1,13 @@
 """What all monitors of the node share, and the phases in which they stand.
 
-Owns the limit on connections, and who awaits a greeting; brings together directory,
-log, loop, journal, shutdown files and descriptor store.
+Owns the limit on connections, who awaits a greeting, and the names that are listened
+on; brings together directory, log, loop, journal, shutdown files and descriptor store.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import errno
 import os
@@ -34,7 +35,6 @@ PATIENCE = 10.0
 RESERVED_DESCRIPTORS = 12
 #: Seconds for which the names that are listened on are not read again.
 LISTENING_LIFETIME = 1.0
-UNLISTED = "which sockets are listened on can't be told; leaving each .qmp alone"
 
 
 class Phase(str, enum.Enum):
@@ -108,14 +108,9 @@ class MonitorContext:
         now = time.monotonic()
         if now >= self._end_of_listening:
             self._end_of_listening = now + LISTENING_LIFETIME
-            try:
+            self._listening = None
+            with contextlib.suppress(OSError):
                 self._listening = listening_names(self.control_dir)
-                self.log.end_trouble(UNLISTED)
-            except OSError as error:
-                self._listening = None
-                self.log.begin_trouble(
-                    UNLISTED, f"{error.filename}: {error.strerror}; trying again"
-                )
         return None if self._listening is None else name in self._listening
 
     def expect_greeting(self, monitor: Monitor) -> None:

@@ -151,8 +151,8 @@ class DirectoryWatch:
     def read(self) -> Changes:
         """Return what one read of the kernel's queue tells.
 
-        After a change of the path, or a loss, `follow` is to be called. Names that came
-        or went since are to be looked for then: nothing told of them.
+        After a change of the path, or a loss, `follow` is to be called, and all of the
+        directory to be looked at: names may have come or gone without an event.
         """
         names = []
         path_changed = events_lost = False

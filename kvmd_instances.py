@@ -27,7 +27,8 @@ SUFFIXES = {
     ".qmp": (".qmp",),
 }
 #: Seconds that a .qmp has to stand alone before it is used (`--socket-suffix auto`).
-#: At least LISTENING_LIFETIME: the names that are listened on are read after it began.
+#: At least LISTENING_LIFETIME, so that the names that are listened on were read after
+#: the .qmp was first seen.
 SETTLING_TIME = 1.0
 #: Seconds between looks at the directory while inotify can't be relied on.
 POLL_INTERVAL = 1.0
@@ -40,6 +41,7 @@ LAST_READS = 64
 NO_INOTIFY = "inotify does not work"
 UNSETTLED = "the control directory's path can't be watched as a whole"
 UNREADABLE = "the control directory can't be read"
+UNLISTED = "which sockets are listened on can't be told, so each .qmp is left alone"
 
 
 class Instances:
@@ -106,6 +108,7 @@ class Instances:
             return False  # started with other options: it is to be let go
         monitor = Monitor.restore(record, connected, self._context)
         if monitor.phase is Phase.GONE and monitor.is_idle():
+            monitor.due = None
             self._context.journal.gone[monitor.instance] = record
         else:
             self.monitors[monitor.instance] = monitor
@@ -201,8 +204,11 @@ class Instances:
         path = f"{self._directory}/{instance}{suffix}"
         is_listened_on = self._context.is_listened_on(better)
         if is_listened_on is None:
+            self._log.begin_trouble(UNLISTED, "trying again every second")
             self._lone[instance] = time.monotonic() + SETTLING_TIME
-        elif is_listened_on:
+            return
+        self._log.end_trouble(UNLISTED)
+        if is_listened_on:
             self._log.begin_trouble(
                 f"{path}: left to Ganeti",
                 f"somebody has removed {better}, on which QEMU still listens; the"
@@ -319,7 +325,7 @@ class Instances:
     def check_some(self) -> None:
         """Bring some more monitors in line with what is in the directory.
 
-        Use what has stood alone for long enough.
+        And use each .qmp that has stood alone for long enough.
         """
         now = time.monotonic()
         while self._lone and next(iter(self._lone.values())) <= now:

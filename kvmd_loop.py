@@ -155,7 +155,7 @@ def limited_stalls() -> Iterator[None]:
 
     A hostile peer can cause one: it sends the descriptor of a TCP socket with SO_LINGER
     (socket(7)). The kernel closes it during our read, and that blocks for as long as
-    the peer likes.
+    the peer likes. The next one in the same turn lasts for NEXT_STALL_LIMIT.
     """
     signal.setitimer(signal.ITIMER_REAL, STALL_LIMIT, NEXT_STALL_LIMIT)
     try:

@@ -216,7 +216,7 @@ class Monitor:
                 self._enter(Phase.WAITING)
             self._context.loop.set_timer(self, LONGEST_DELAY)
             return
-        if self.phase is Phase.WAITING:
+        if self.phase in {Phase.WAITING, Phase.GONE}:
             self._enter(Phase.CONNECTING)
         is_dead = self.phase is Phase.DEAD
         patient = not is_dead and time.monotonic() - self.since < PATIENCE

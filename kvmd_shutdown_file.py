@@ -18,6 +18,15 @@ from kvmd_verdict import Ruling, Verdict
 
 #: Seconds: what is said to have taken longer, or less than none, a clock has done.
 LONGEST_DELAY = 86400.0
+#: The types that all but the verdict itself may have in a record.
+TYPES: dict[str, tuple[type, ...]] = {
+    "cause": (str,),
+    "event": (float, type(None)),
+    "time": (float,),
+    "file": (str, type(None)),
+}
+#: What became of a file that was left alone.
+SUPERSEDED = "superseded"
 
 
 class LastVerdict(
@@ -56,8 +65,10 @@ class LastVerdict(
         """Return what JSON has of one. Raises ValueError, TypeError, KeyError."""
         if record is None:
             return None
-        verdict = Verdict(record["verdict"])
-        return cls(verdict, *(record[name] for name in cls._fields[1:]))
+        for name, types in TYPES.items():
+            if type(record[name]) not in types:
+                raise ValueError(f"a verdict's {name} is of another type")
+        return cls(Verdict(record["verdict"]), *map(record.__getitem__, TYPES))
 
 
 class ShutdownFiles:
@@ -104,7 +115,7 @@ class ShutdownFiles:
         self, instance: str, ruling: Ruling, event: float | None
     ) -> LastVerdict:
         """Leave the file alone: a new QEMU process has the instance's name."""
-        return self._conclude(instance, ruling, event, "superseded")
+        return self._conclude(instance, ruling, event, SUPERSEDED)
 
     def _conclude(
         self, instance: str, ruling: Ruling, event: float | None, outcome: str

@@ -623,6 +623,7 @@ def test_without_a_look_at_who_listens_a_qmp_is_left_alone(
         qmp = make_fake_qemu(INSTANCE, ".qmp")
         qmp.listen()
         daemon.wait_for_log(" WARNING which sockets are listened on can't be told")
+        assert ": used, since" not in daemon.log
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
         qmp.negotiate()
         daemon.wait_until_connected(INSTANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from daemon import INSTANCE
 from fake_qemu import FakeQemu
 
 from kvmd_context import MonitorContext, Phase
+from kvmd_inotify import Changes, DirectoryWatch
 from kvmd_instances import CHECKS_PER_TURN, SETTLING_TIME, Instances
 from kvmd_loop import NEVER
 from kvmd_monitor import Monitor
@@ -43,7 +45,7 @@ def names(control_dir: Path) -> Iterator[list[str]]:
 def check_all(instances: Instances) -> None:
     """Look at all instances, in as many turns as that takes."""
     instances.rescan()
-    while instances.deadline() < NEVER:
+    while instances.deadline() <= time.monotonic():
         instances.check_some()
 
 
@@ -71,6 +73,55 @@ def test_of_a_name_that_is_gone_without_an_event_the_next_rescan_tells(
         (control_dir / "web1.kvmd").unlink()
         check_all(instances)
     assert instances.monitors == {}
+
+
+@pytest.mark.parametrize("changes", [([], True, False), ([], False, True)])
+def test_after_a_change_of_the_path_or_a_loss_of_events_all_is_looked_at(
+    instances: Instances,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: tuple[list[tuple[str, bool]], bool, bool],
+) -> None:
+    check_all(instances)
+    fake_qemu.listen()
+    monkeypatch.setattr(DirectoryWatch, "read", lambda _watch: Changes(*changes))
+    instances.receive()
+    instances.check_some()
+    assert INSTANCE in instances.monitors
+
+
+def test_of_an_instance_that_is_gone_for_good_the_record_is_all_that_is_kept(
+    context: MonitorContext, instances: Instances, fake_qemu: FakeQemu
+) -> None:
+    check_all(instances)
+    fake_qemu.bind()
+    monitor = Monitor(INSTANCE, ".kvmd", context)
+    monitor.connect()
+    fake_qemu.path.unlink()
+    monitor.on_removed()
+    context.loop.set_timer(monitor, 0)
+    list(context.loop.expired())
+    record = json.loads(json.dumps(monitor.record()))
+    assert instances.restore(record, None)
+    assert instances.monitors == {}
+    assert context.journal.gone == {INSTANCE: record}
+    assert context.loop.next_timer() == NEVER
+
+
+def test_a_kvmd_that_is_gone_without_an_event_makes_way_for_the_qmp(
+    auto: Instances, control_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeQemu(control_dir, INSTANCE, ".qmp") as qmp:
+        qmp.listen()
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(control_dir / f"{INSTANCE}.kvmd"))  # and never listens
+            check_all(auto)
+        (control_dir / f"{INSTANCE}.kvmd").unlink()
+        check_all(auto)
+        assert auto.monitors == {}
+        pass_time(monkeypatch, SETTLING_TIME)
+        auto.check_some()
+        assert auto.monitors[INSTANCE].suffix == ".qmp"
 
 
 def test_a_connection_goes_on_though_its_name_is_gone(

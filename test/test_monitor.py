@@ -355,6 +355,28 @@ def test_a_shutdown_that_is_read_late_makes_no_file_beside_the_socket_of_a_new_q
         assert not new.shutdown_file.exists()
 
 
+def test_a_name_that_is_back_and_whose_backlog_is_full_is_told_of(
+    context: MonitorContext,
+    successor: Monitor,
+    fake_qemu: FakeQemu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def connect(_path: str) -> socket.socket:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(context, "connect", connect)
+    away = fake_qemu.path.with_suffix(".away")
+    fake_qemu.path.rename(away)
+    successor.on_timer()
+    assert successor.phase is Phase.GONE
+    away.rename(fake_qemu.path)
+    successor.on_timer()
+    assert successor.phase.value == "connecting"
+    pass_time(monkeypatch, PATIENCE)
+    successor.on_timer()
+    assert successor.phase.value == "not greeted"
+
+
 def test_a_dead_socket_comes_to_rest_though_it_is_looked_at_again(
     context: MonitorContext, fake_qemu: FakeQemu, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,14 @@ def test_a_verdict_is_restored_as_it_was(files: ShutdownFiles) -> None:
     assert LastVerdict.restore(record) == last
 
 
+@pytest.mark.parametrize("member", ["verdict", "cause", "event", "time", "file"])
+def test_a_member_of_another_type_is_refused(files: ShutdownFiles, member: str) -> None:
+    last = files.carry_out("web1", USER, 1.5)
+    assert last is not None
+    with pytest.raises(ValueError):
+        LastVerdict.restore({**last._asdict(), member: ["x"]})
+
+
 @pytest.mark.parametrize(
     "record", [{}, {"verdict": "user"}, {"verdict": "maybe"}, {"verdict": 1}, "user"]
 )

@@ -19,7 +19,6 @@ LEVELS = {
     "info": "INFO",
     "warning": "WARNING",
     "begin_trouble": "WARNING",
-    "_tell_once": "WARNING",
     "error": "ERROR",
     "exception": "ERROR",
     "StartError": "ERROR",
@@ -103,8 +102,6 @@ def messages_of_call(call: ast.Call, names: Names) -> Iterator[Message]:
     parts = [texts(argument, names) for argument in arguments]
     if function == "_put" and isinstance(arguments[0], ast.Constant):
         level, patterns = str(arguments[0].value), parts[1]
-    elif function == "_tell_once":  # about a path
-        level, patterns = LEVELS[function], [f"{VALUE}: {text}" for text in parts[1]]
     elif function == "begin_trouble":
         level = LEVELS[function]
         patterns = [": ".join(chosen) for chosen in itertools.product(*parts)]
