@@ -26,6 +26,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kvmd_connection import Connection
+
     Monitor = Any  # kvmd_monitor's, which is above this module
 
 #: Seconds after which a socket on which nobody listens is dead, and after which a peer
@@ -98,6 +100,11 @@ class MonitorContext:
             connected.close()
             raise
         return connected
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection, and wait for it no more."""
+        self.loop.unregister(connection)
+        self.store.close(connection.socket)
 
     def is_listened_on(self, name: str) -> bool | None:
         """Tell whether somebody listens on a name in the directory, there or not.

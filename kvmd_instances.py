@@ -153,7 +153,12 @@ class Instances:
     def _look_for(self, instance: str) -> None:
         """Monitor the instance's best socket, unless that is monitored already."""
         monitor = self.monitors.get(instance)
-        if monitor and monitor.suffix == self._suffixes[0] and monitor.is_of_socket():
+        best = self._suffixes[0]
+        if (
+            monitor
+            and monitor.suffix == best
+            and monitor.socket_file.is_at(monitor.path)
+        ):
             self._find_again(monitor)
             return
         suffix = self._best_suffix(instance)
@@ -163,7 +168,11 @@ class Instances:
         if suffix is None:
             return
         is_known = monitor is not None and monitor.suffix == suffix
-        if monitor is not None and is_known and not monitor.is_replaced():
+        if (
+            monitor
+            and is_known
+            and not monitor.socket_file.is_replaced_at(monitor.path)
+        ):
             self._find_again(monitor)
             return
         if suffix == self._suffixes[0]:

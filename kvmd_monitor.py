@@ -38,7 +38,7 @@ from kvmd_connection import HOSTILE_PAUSE, Connection
 from kvmd_context import LISTENING_LIFETIME, PATIENCE, MonitorContext, Phase
 from kvmd_qmp import Event, Greeting, Protocol, Status
 from kvmd_shutdown_file import LastVerdict
-from kvmd_socket import socket_identity, socket_status
+from kvmd_socket import SocketFile, socket_status
 from kvmd_verdict import Guest, Ruling, Verdict
 
 TYPE_CHECKING = False
@@ -80,16 +80,15 @@ class Monitor:
         "_context",
         "_delay",
         "_is_saved",
-        "_status",
         "_version",
         "connection",
         "due",
         "guest",
-        "identity",
         "instance",
         "last",
         "phase",
         "since",
+        "socket_file",
         "suffix",
     )
 
@@ -100,8 +99,8 @@ class Monitor:
         #: When the phase began, and when the timer is due (time.monotonic()).
         self.since = time.monotonic()
         self.due: float | None = None
-        #: The socket it is about, None as long as there is none.
-        self.identity: int | None = None
+        #: The socket that it is about. Another is a new QEMU's, for a new monitor.
+        self.socket_file = SocketFile()
         self.guest = Guest()
         #: The last verdict, None if there was none.
         self.last: LastVerdict | None = None
@@ -111,8 +110,6 @@ class Monitor:
         self._version: str | None = None
         #: Whether the journal has it as it stands, or nothing is worth a record yet.
         self._is_saved = True
-        #: `socket_status` at the last check of the identity; None: check it again.
-        self._status: int | None = None
 
     @property
     def path(self) -> str:
@@ -138,37 +135,11 @@ class Monitor:
             self._is_saved = False
             self._save()
 
-    def is_of_socket(self) -> bool:
-        """Tell whether the socket that it is about still stands at the path.
-
-        Whatever else may have been done to the file, it is the same QEMU's.
-        """
-        return self.identity is not None and self._identity_at_path() == self.identity
-
-    def is_replaced(self) -> bool:
-        """Tell whether another socket stands at the path, which is another QEMU's.
-
-        One that is away for a moment, with its directory, may come back.
-        """
-        return self._identity_at_path() not in {None, self.identity}
-
-    def _identity_at_path(self) -> int | None:
-        """Return the identity of the socket at the path, None if there is none."""
-        status = socket_status(self.path)
-        if status is None:
-            return None
-        if status == self._status:
-            return self.identity
-        identity = socket_identity(self.path)
-        if identity == self.identity:
-            self._status = status or None
-        return identity
-
     # Connecting.
 
     def connect(self) -> None:
         """Try to connect; set a timer for the next attempt where it makes sense."""
-        if not self._has_socket():
+        if not self.socket_file.is_at(self.path):
             self.on_removed()
             return
         try:
@@ -182,16 +153,6 @@ class Monitor:
             store.store(connected)
             self._negotiate()
             self._context.loop.register(self.connection, self)
-
-    def _has_socket(self) -> bool:
-        """Tell whether there is a socket to connect to, and it is the monitor's own.
-
-        The first one that it finds is. Another is a new QEMU's, for a new monitor.
-        """
-        if self.identity is None:
-            self.identity = socket_identity(self.path)
-            return self.identity is not None
-        return self.is_of_socket()
 
     def _negotiate(self) -> None:
         """Negotiate on a connection that was not greeted yet.
@@ -256,12 +217,12 @@ class Monitor:
     def retry_file(self) -> None:
         """Try again to bring the shutdown file in line with the verdict."""
         assert self.last is not None
-        if self.is_replaced():
+        if self.socket_file.is_replaced_at(self.path):
             self.drop_pending()
             return
         with contextlib.suppress(OSError):  # it was told of at the first time
             self.last = self._context.files.write(self.instance, self.last)
-        self._follow_file()
+        self._is_saved = False
         self._save()
 
     def on_overdue(self) -> None:
@@ -290,12 +251,8 @@ class Monitor:
     def close(self) -> None:
         """Close the connection, if there is one."""
         connection, self.connection = self.connection, None
-        self._let_go(connection)
-
-    def _let_go(self, connection: Connection | None) -> None:
         if connection is not None:
-            self._context.loop.unregister(connection)
-            self._context.store.close(connection.socket)
+            self._context.close(connection)
 
     def receive(self) -> bool:
         """Read once, and act on it; tell whether there may be more to read now."""
@@ -307,7 +264,7 @@ class Monitor:
         size = connection.protocol.pending + len(data)
         self._take(data, connection)
         if not data:
-            self._end()
+            self._end(connection)
         was_saved = not self._is_saved
         self._save()
         connection.consume()
@@ -332,7 +289,7 @@ class Monitor:
         complaint, kept = protocol.complaint, connection.export_kept()
         messages = protocol.receive(data)
         if messages:
-            self._act_on(messages)
+            self._act_on(messages, connection)
         if connection.export_kept() != kept:
             self._is_saved = False
         if protocol.complaint != complaint:
@@ -342,7 +299,9 @@ class Monitor:
                 self.instance,
             )
 
-    def _act_on(self, messages: list[Greeting | Status | Event]) -> None:
+    def _act_on(
+        self, messages: list[Greeting | Status | Event], connection: Connection
+    ) -> None:
         """Act on what QEMU says.
 
         Only the last ruling of one read changes the file: a guest that goes down and
@@ -351,29 +310,26 @@ class Monitor:
         guest = self.guest.state()
         last = None
         for message in messages:
-            ruling = self._take_message(message)
-            last = (ruling, getattr(message, "time", None)) if ruling else last
+            ruling, event = None, None
+            if isinstance(message, Greeting):
+                self._version = message.version
+                self._enter(Phase.CONNECTED)
+                self._context.log.info(
+                    f"connected to QEMU {message.version}, pid {connection.peer_pid} on"
+                    f" {self.path}",
+                    self.instance,
+                )
+            elif isinstance(message, Status):
+                ruling = self.guest.on_status(message.status)
+            else:
+                ruling, event = self.guest.on_event(*message), message.time
+            last = (ruling, event) if ruling else last
         if last is not None:
             self._carry_out(*last)
         if self.guest.state() != guest:
             self._is_saved = False
 
-    def _take_message(self, message: Greeting | Status | Event) -> Ruling | None:
-        if isinstance(message, Greeting):
-            assert self.connection is not None
-            self._version = message.version
-            self._enter(Phase.CONNECTED)
-            self._context.log.info(
-                f"connected to QEMU {message.version}, pid {self.connection.peer_pid}"
-                f" on {self.path}",
-                self.instance,
-            )
-            return None
-        if isinstance(message, Status):
-            return self.guest.on_status(message.status)
-        return self.guest.on_event(message.name, message.data, message.time)
-
-    def _end(self) -> None:
+    def _end(self, connection: Connection) -> None:
         """Take the end of the connection.
 
         Without a greeting, QEMU may have been exiting already: that says nothing.
@@ -382,7 +338,7 @@ class Monitor:
         if ruling is not None:
             self._carry_out(ruling, None)
         lasted = time.monotonic() - self.since
-        connection, self.connection = self.connection, None
+        self.connection = None
         if socket_status(self.path) is None:
             self._enter(Phase.GONE)
         elif self.guest.ruling is not None:
@@ -394,7 +350,7 @@ class Monitor:
             self._enter(Phase.CONNECTING)
             self._try_again()
         self._save()
-        self._let_go(connection)
+        self._context.close(connection)
 
     def abandon(self) -> None:
         """Give the connection up after an unexpected error; try again, slowly.
@@ -423,7 +379,7 @@ class Monitor:
         """
         if self.connection is not None or not self.guest.is_alive:
             return
-        if self.phase is Phase.GONE and self.is_of_socket():
+        if self.phase is Phase.GONE and self.socket_file.is_at(self.path):
             return  # the name is back
         name = self.instance + self.suffix
         if socket_status(self.path) is None and self._context.is_listened_on(name):
@@ -451,23 +407,20 @@ class Monitor:
         A file beside a new QEMU would be taken for a verdict on that one's guest.
         """
         carry_out = self._context.files.carry_out
-        if ruling.verdict is Verdict.USER and self.is_replaced():
+        is_user = ruling.verdict is Verdict.USER
+        if is_user and self.socket_file.is_replaced_at(self.path):
             carry_out = self._context.files.supersede
         self.last = carry_out(self.instance, ruling, event) or self.last
-        self._follow_file()
-
-    def _follow_file(self) -> None:
-        """Take note of what became of the shutdown file."""
         self._is_saved = False
-        if self.is_pending:
-            self._context.loop.set_timer(self, FILE_RETRY)
 
     # The record.
 
     def _save(self) -> None:
-        """Have the journal in line with how things stand."""
+        """Have the journal in line with how things stand, and the file tried again."""
         if not self._is_saved:
             self._is_saved = True
+            if self.is_pending and self.due is None:
+                self._context.loop.set_timer(self, FILE_RETRY)
             if self.phase is Phase.GONE and self.is_idle():
                 self._context.journal.forget(self.record())
             else:
@@ -478,7 +431,7 @@ class Monitor:
         record: dict[str, Any] = {
             "instance": self.instance,
             "suffix": self.suffix,
-            "socket": self.identity,
+            "socket": self.socket_file.identity,
             "phase": self.phase,
             "since": self.since,
             "guest": self.guest.export(),
@@ -502,7 +455,7 @@ class Monitor:
         Raises ValueError, TypeError, KeyError for what is no record.
         """
         monitor = cls(record["instance"], record["suffix"], context)
-        monitor.identity = record["socket"]
+        monitor.socket_file = SocketFile(record["socket"])
         monitor.guest = Guest.restore(record["guest"])
         monitor.last = LastVerdict.restore(record.get("last"))
         phase, since = Phase(record["phase"]), float(record["since"])

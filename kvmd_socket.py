@@ -61,6 +61,44 @@ SO_ACCEPTCON = 0x10000
 SS_CONNECTED = 3
 
 
+class SocketFile:
+    """The file of one QEMU's socket, whatever else was done to it."""
+
+    __slots__ = ("_status", "identity")
+
+    def __init__(self, identity: int | None = None) -> None:
+        #: None until it is seen for the first time.
+        self.identity = identity
+        #: `socket_status` at the last check of the identity; None: check it again.
+        self._status: int | None = None
+
+    def is_at(self, path: str) -> bool:
+        """Tell whether it stands at the path. The first one that is seen is it."""
+        if self.identity is None:
+            self.identity = socket_identity(path)
+            return self.identity is not None
+        return self._identity_at(path) == self.identity
+
+    def is_replaced_at(self, path: str) -> bool:
+        """Tell whether another one stands at the path, which is another QEMU's.
+
+        One that is away for a moment, with its directory, may come back.
+        """
+        return self._identity_at(path) not in {None, self.identity}
+
+    def _identity_at(self, path: str) -> int | None:
+        """Return the identity of the socket at the path, None if there is none."""
+        status = socket_status(path)
+        if status is None:
+            return None
+        if status == self._status:
+            return self.identity
+        identity = socket_identity(path)
+        if identity == self.identity:
+            self._status = status or None
+        return identity
+
+
 def socket_status(path: str) -> int | None:
     """Return what lstat(2) tells of a socket file in one number, None if there is none.
 

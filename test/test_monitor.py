@@ -189,9 +189,9 @@ DISTURBANCES = [
 def test_whatever_is_done_to_the_socket_file_the_qemu_is_the_same(
     monitor: Monitor, fake_qemu: FakeQemu, disturb: object
 ) -> None:
-    assert monitor.is_of_socket()
+    assert monitor.socket_file.is_at(monitor.path)
     disturb(fake_qemu.path)  # type: ignore[operator]
-    assert monitor.is_of_socket()
+    assert monitor.socket_file.is_at(monitor.path)
 
 
 def test_a_socket_made_anew_is_a_new_qemus(
@@ -200,7 +200,7 @@ def test_a_socket_made_anew_is_a_new_qemus(
     for _ in range(120):
         with FakeQemu(fake_qemu.path.parent, INSTANCE) as new:
             new.bind()
-            assert not monitor.is_of_socket()
+            assert not monitor.socket_file.is_at(monitor.path)
 
 
 def test_a_new_qemus_socket_is_not_for_the_monitor_of_the_old_one(

@@ -53,6 +53,15 @@ def test_a_module_imports_from_its_own_floor_and_from_below() -> None:
         assert above == set(), module
 
 
+def test_no_module_and_no_class_is_too_large() -> None:
+    for module, tree in syntax_trees().items():
+        assert len((ROOT / f"{module}.py").read_text().splitlines()) <= 550, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+                assert len(methods) <= 25, node.name
+
+
 def test_no_module_imports_itself_by_way_of_others() -> None:
     imports = {module: imported(tree) for module, tree in syntax_trees().items()}
     while imports:
