@@ -130,6 +130,28 @@ def test_a_pid_file_removed_by_another_is_no_matter(node: Node) -> None:
     assert " ERROR " not in node.log
 
 
+def test_a_restart_in_place_leaves_the_pid_in_the_file_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kvmd_process.PidFile(str(tmp_path / "pid"))
+    contents: list[str] = []
+
+    def note(call: Callable[..., int]) -> Callable[..., int]:
+        def do_and_note(*arguments: object) -> int:
+            result = call(*arguments)
+            contents.append((tmp_path / "pid").read_text())
+            return result
+
+        return do_and_note
+
+    for name in ("pwrite", "ftruncate"):
+        monkeypatch.setattr(os, name, note(getattr(os, name)))
+    kvmd_process.PidFile(before.path, before.fd)
+    assert contents == [f"{os.getpid()}\n"] * 2
+    before.remove()
+    os.close(before.fd)
+
+
 def test_a_pid_file_that_cannot_be_removed_is_no_matter(node: Node) -> None:
     node.pid_file = node.directory / "run" / "ganeti-kvmd.pid"
     node.pid_file.parent.mkdir()
