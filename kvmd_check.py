@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterator
 
 from kvmd_inotify import DirectoryWatch
-from kvmd_instances import SUFFIXES
+from kvmd_instances import SUFFIXES, instances_of
 from kvmd_log import printable, write_to_stdout
 from kvmd_options import Options
 from kvmd_process import lock_holder
@@ -144,11 +144,7 @@ def check_instances(
 ) -> Iterator[Finding]:
     """Judge all monitor sockets, without connecting to any (see `check_instance`)."""
     clients = read_clients(control_dir, daemon)
-    parts = [name.rpartition(".") for name in {*names, *clients}]
-    instances = {
-        name for name, dot, suffix in parts if name and dot + suffix in SUFFIXES["auto"]
-    }
-    for instance in sorted(instances):
+    for instance in sorted(instances_of({*names, *clients}, SUFFIXES["auto"])):
         path = os.path.join(control_dir, instance)
         yield from check_instance(path, names, suffixes, clients, daemon)
 

@@ -232,11 +232,6 @@ class Instances:
             )
             self._start(instance, str(suffix))
 
-    def _instance_of(self, name: str) -> str | None:
-        """Return the instance that a file name in the directory tells of."""
-        instance, dot, suffix = name.rpartition(".")
-        return instance if instance and dot + suffix in self._suffixes else None
-
     # The directory.
 
     def rescan(self) -> None:
@@ -280,7 +275,6 @@ class Instances:
             self._context.loop.unregister(self._watch)
             self._watch.close()
             self._watch = None
-        self.next_rescan = time.monotonic() + POLL_INTERVAL
         self._log.begin_trouble(
             NO_INOTIFY,
             f"{error.filename}: {error.strerror}; looking at {self._directory} every"
@@ -294,7 +288,7 @@ class Instances:
         changes = self._watch.read()
         for name, has_come in changes.names:
             self._log.debug(f"watch: {name} has {'come' if has_come else 'gone'}")
-            instance = self._instance_of(name)
+            instance = instance_of(name, self._suffixes)
             if instance is None:
                 continue
             if has_come:
@@ -354,4 +348,16 @@ class Instances:
             names = os.listdir(self._directory)
         except FileNotFoundError:
             return set()
-        return set(filter(None, map(self._instance_of, names)))
+        return instances_of(names, self._suffixes)
+
+
+def instance_of(name: str, suffixes: tuple[str, ...]) -> str | None:
+    """Return the instance that a file name in the control directory tells of."""
+    instance, dot, suffix = name.rpartition(".")
+    return instance if instance and dot + suffix in suffixes else None
+
+
+def instances_of(names: Iterable[str], suffixes: tuple[str, ...]) -> set[str]:
+    """Return the instances that any of the names tells of."""
+    found = (instance_of(name, suffixes) for name in names)
+    return {instance for instance in found if instance is not None}
